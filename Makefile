@@ -1,0 +1,64 @@
+# make demo, test, bench or wheel does all its set-up; a second run only what changed.
+# PYTHON=/path/to/python takes a ready interpreter instead of .venv: offline, nothing but fastrnn itself is installed.
+# ARGS="..." goes to the demo or to pytest.
+
+SHELL := bash
+NATIVE := CMakeLists.txt setup.py $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*)
+PURE := $(shell find fastrnn kernels -name '*.py' -o -name py.typed)
+
+ifdef PYTHON
+PY := $(PYTHON)
+DEPENDENCIES := pyproject.toml
+INSTALLED := build/installed-$(subst /,-,$(PYTHON))
+BENCH_READY := $(INSTALLED)
+WHEEL_FLAGS := --no-build-isolation --no-index
+else
+PY := .venv/bin/python
+DEPENDENCIES := .venv/dependencies
+INSTALLED := .venv/installed
+BENCH_READY := .venv/bench-peers
+endif
+
+.PHONY: demo test lint bench wheel clean
+
+demo: $(INSTALLED)
+	$(PY) examples/char_lm.py $(ARGS)
+
+test: lint
+	$(PY) -m pytest $(ARGS)
+
+lint: $(INSTALLED)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check -q .
+	$(PY) -m mypy
+
+bench: $(BENCH_READY)
+	$(PY) -m pytest bench --benchmark-only -q
+	$(PY) -m bench.report
+
+wheel: dist/built
+
+clean:
+	rm -rf build dist *.egg-info fastrnn/_C*.so .venv/installed
+
+.venv/bin/python:
+	python3 -m venv .venv
+
+# torch by its exact version first: left to the package's own requirement, pip would take the newest.
+.venv/dependencies: pyproject.toml requirements-test.txt | .venv/bin/python
+	$(PY) -m pip install -q -r requirements-test.txt
+	FASTRNN_NO_EXT=1 $(PY) -m pip install -q --no-build-isolation -e '.[test,examples]'
+	touch $@
+
+$(INSTALLED): $(NATIVE) $(DEPENDENCIES)
+	$(PY) -m pip install -q --no-build-isolation --no-index --no-deps -e .
+	mkdir -p $(@D) && touch $@
+
+.venv/bench-peers: $(INSTALLED)
+	$(PY) -m pip install -q --no-build-isolation -e '.[bench]'
+	touch $@
+
+dist/built: $(NATIVE) $(PURE) pyproject.toml README.md LICENSE $(if $(PYTHON),,| .venv/bin/python)
+	rm -rf dist
+	$(PY) -m pip wheel -q $(WHEEL_FLAGS) --no-deps -w dist .
+	touch $@

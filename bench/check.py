@@ -1,0 +1,78 @@
+"""Whether a peer computes the case: nothing is timed whose result is not the fp64 result up to rounding."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bench.peers import PEERS, Contender, Problem, Results, Unsupported, chosen_peers
+
+# torch.nn sets the measure for all others, so it has a bound of its own: this many times eps * max|fp64 result|.
+# Seen in fp32 over all cases: 24 at most (LSTM d, gradient of the bias), 13 in y.
+TORCH_BOUND = 32
+# fastrnn keeps its numerics contract; the others may err twice as much (OpenVINO's tanh in RNN d: 3.3 times).
+FASTRNN_FACTOR, PEER_FACTOR = 2, 4
+
+
+class WrongResult(Exception):
+    """Which tensor of a peer is no rounding of the fp64 result, and by how much."""
+
+
+def errors(results: Results, reference: Results) -> dict[str, float]:
+    """Largest absolute difference of each tensor from its fp64 value, NaN where either is.
+
+    Raises WrongResult where a tensor is missing, too many, or of another shape.
+    """
+    if results.keys() != reference.keys():
+        raise WrongResult(f"results must be {', '.join(reference)}, got {', '.join(results)}")
+    found = {}
+    for name, expected in reference.items():
+        if results[name].shape != expected.shape:
+            raise WrongResult(f"{name} must have shape {tuple(expected.shape)}, got {tuple(results[name].shape)}")
+        found[name] = (results[name].double() - expected).abs().max().item()
+    return found
+
+
+def check(name: str, found: dict[str, float], of_torch: dict[str, float], reference: Results, eps: float) -> None:
+    """Raises WrongResult where an error is larger than the peer of this name may have."""
+    for tensor, error in found.items():
+        unit = eps * largest(reference[tensor])
+        if name == "torch":
+            bound = TORCH_BOUND * unit
+        else:
+            bound = (FASTRNN_FACTOR if name == "fastrnn" else PEER_FACTOR) * (of_torch[tensor] + unit)
+        if not error <= bound:
+            raise WrongResult(f"{tensor} is off by {error:.2e}, allowed {bound:.2e}")
+
+
+def largest(tensor: Tensor) -> float:
+    return tensor.abs().max().item()
+
+
+def enter(problem: Problem) -> tuple[dict[str, Contender], dict[str, float], dict[str, str]]:
+    """The peers that take part, fastrnn first; the largest error of each over max|fp64 result|; why others do not.
+
+    Raises WrongResult where fastrnn or torch is wrong; any other wrong peer is left out with that reason.
+    """
+    reference = problem.reference()
+    eps = torch.finfo(problem.x.dtype).eps
+    contenders: dict[str, Contender] = {}
+    relative: dict[str, float] = {}
+    left_out: dict[str, str] = {}
+    of_torch: dict[str, float] = {}
+    for name in sorted(chosen_peers(), key=lambda name: name != "torch"):
+        try:
+            contender = PEERS[name](problem)
+            found = errors(contender.named(contender.call()), reference)
+            check(name, found, of_torch, reference, eps)
+        except Unsupported as reason:
+            left_out[name] = str(reason)
+        except WrongResult as reason:
+            if name in ("fastrnn", "torch"):
+                raise WrongResult(f"{problem.case.id}: {name} is not timed: {reason}") from None
+            left_out[name] = f"wrong result: {reason}"
+        else:
+            of_torch = of_torch or found
+            contenders[name] = contender
+            relative[name] = max(error / largest(reference[tensor]) for tensor, error in found.items())
+    return {"fastrnn": contenders["fastrnn"], **contenders}, relative, left_out

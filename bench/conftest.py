@@ -1,0 +1,54 @@
+"""Options and fixtures of the suites; see bench/README.md for the environment variables."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from bench import machine, results
+from bench.peers import THREADS
+from bench.registry import Case
+
+Record = Callable[[Case, dict[str, Any]], None]
+
+
+@pytest.fixture(scope="session")
+def threads() -> int:
+    torch.set_num_threads(THREADS)
+    return THREADS
+
+
+@pytest.fixture(scope="session")
+def seconds() -> float:
+    """Time for the rounds of one case; the 36 cases of fp32 then take about five minutes."""
+    return float(os.environ.get("FASTRNN_BENCH_SECONDS", "5"))
+
+
+@pytest.fixture(scope="session")
+def record(threads: int) -> Record:
+    """Writes a row at once, so that an interrupted run keeps what it has measured."""
+    if os.getloadavg()[0] > 1:
+        warnings.warn(f"the machine is busy (load {os.getloadavg()[0]:.1f}): times will be too long", stacklevel=1)
+    name = machine.machine()
+    path = results.folder() / f"{name}.json"
+    run_id = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    run = {
+        "device": machine.cpu_model(),
+        "threads": threads,
+        "isa": machine.isa(),
+        "versions": machine.versions(),
+        "commit": machine.commit(),
+        "load": os.getloadavg()[0],
+    }
+
+    def write(case: Case, row: dict[str, Any]) -> None:
+        data = results.load(path) if path.exists() else {"machine": name, "runs": {}, "rows": {}}
+        results.save(path, results.merge(data, run_id, run, case, row))
+
+    return write

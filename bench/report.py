@@ -1,0 +1,229 @@
+"""Tables and pictures of bench/results/*.json.
+
+python -m bench.report                    write bench/report/ and the table in README.md
+python -m bench.report --check            fail where README.md is not what the results give
+python -m bench.report --compare OLD      an earlier results file beside the present one of the same machine
+python -m bench.report --compare OLD NEW
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench import results
+from bench.machine import ROOT
+from bench.registry import DTYPES, GATES, SHAPES, STEP_SHAPES, Case, all_cases
+
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+README = ROOT / "README.md"
+REPORT = ROOT / "bench" / "report"
+NAMES = {
+    "torch": "torch.nn",
+    "onnxruntime": "ONNX Runtime",
+    "openvino": "OpenVINO",
+    "jax": "JAX",
+    "loop": "Python loop",
+    "compiled_loop": "compiled loop",
+}
+Row = dict[str, Any]
+
+
+def markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    body = [header, [":---", *["---:"] * (len(header) - 1)], *lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in body)
+
+
+def _three(value: float) -> str:
+    """Three significant digits, and no exponent for large values."""
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+
+
+def _times(row: Row | None, peers: Sequence[str], unit: float = 1.0) -> list[str]:
+    """Our median, then by what factor each peer's is larger; a dash for what was not measured."""
+    if row is None:
+        return ["–"] * (1 + len(peers))
+    ratios = [f"{row['ratios'][peer]:.2f}" if peer in row["ratios"] else "–" for peer in peers]
+    return [_three(unit * row["peers"]["fastrnn"]["median"]), *ratios]
+
+
+def _fraction(row: Row | None) -> str:
+    return "–" if row is None or "fraction" not in row else f"{row['fraction']:.0%}"
+
+
+def _compared(rows: Iterable[Row | None]) -> list[str]:
+    """The peers that any of these rows compares with, in the order of NAMES."""
+    present = {peer for row in rows if row is not None for peer in row["ratios"]}
+    return [peer for peer in NAMES if peer in present]
+
+
+def sequence_table(rows: dict[str, Row], dtype: str) -> str | None:
+    """Whole sequences, forward and training, a line for each cell and shape."""
+    lines: dict[str, list[Row | None]] = {}
+    for cell in GATES:
+        for name, shape in SHAPES.items():
+            pair = [rows.get(Case(cell, name, mode, dtype).id) for mode in ("forward", "training")]
+            if any(pair):
+                lines[f"{cell.upper()} {', '.join(map(str, shape))}"] = pair
+    if not lines:
+        return None
+    forward, training = (_compared(pair[mode] for pair in lines.values()) for mode in (0, 1))
+    header = [f"{dtype}; B, T, I, H", "forward, ms", *(f"{NAMES[peer]} ×" for peer in forward), "of limit"]
+    header += ["training, ms", *(f"{NAMES[peer]} ×" for peer in training), "of limit"]
+    return markdown(
+        header,
+        (
+            [label, *_times(pair[0], forward), _fraction(pair[0]), *_times(pair[1], training), _fraction(pair[1])]
+            for label, pair in lines.items()
+        ),
+    )
+
+
+def step_table(rows: dict[str, Row], dtype: str) -> str | None:
+    """Single calls of the cells."""
+    lines = {
+        f"{cell.upper()}Cell {shape.batch}, {shape.input_size}, {shape.hidden_size}": row
+        for cell in GATES
+        for name, shape in STEP_SHAPES.items()
+        if (row := rows.get(Case(cell, name, "step", dtype).id))
+    }
+    if not lines:
+        return None
+    peers = _compared(lines.values())
+    return markdown(
+        [f"{dtype}; B, I, H", "one step, µs", *(f"{NAMES[peer]} ×" for peer in peers)],
+        ([label, *_times(row, peers, unit=1e3)] for label, row in lines.items()),
+    )
+
+
+def provenance(data: dict[str, Any]) -> str:
+    """Device, instruction set, versions, commits and dates of all rows of one machine."""
+    newest = data["runs"][max(data["runs"])]
+    packages = ", ".join(f"{name} {version}" for name, version in newest["versions"].items())
+    commits = dict.fromkeys(f"{run['commit']} on {id[:10]}" for id, run in data["runs"].items())
+    device = f"{newest['device']}, {newest['threads']} threads, {newest['isa']}"
+    return f"{device}; {packages}; measured at {', '.join(commits)}."
+
+
+def readme_table(files: Sequence[dict[str, Any]]) -> str:
+    """What stands between README.md's markers."""
+    parts = []
+    for data in files:
+        tables = [table(data["rows"], dtype) for dtype in DTYPES for table in (sequence_table, step_table)]
+        parts += [provenance(data), *(table for table in tables if table)]
+    return "\n\n".join(parts) if parts else "No results yet: `make bench` measures them."
+
+
+def with_table(readme: str, table: str) -> str:
+    """The README's text with the table between its markers; ValueError where it does not have both once, in order."""
+    head, begin, rest = readme.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not begin or not end or BEGIN in rest or END in tail:
+        raise ValueError(f"README.md must have {BEGIN} and after it {END}, each once")
+    return f"{head}{BEGIN}\n{table}\n{END}{tail}"
+
+
+def details(data: dict[str, Any]) -> str:
+    """Every row with every peer's median, spread and error."""
+    lines = []
+    for id, row in data["rows"].items():
+        rate = ""
+        for unit, name in (("gflops", "GFLOP/s"), ("gbytes", "GB/s")):
+            if unit in row:
+                rate = f"{row[unit]:.0f}" + (f" of {row['limit']:.0f}" if "limit" in row else "") + f" {name}"
+        for peer, figures in row["peers"].items():
+            median, low, high = (f"{figures[key]:.4g}" for key in ("median", "q20", "q80"))
+            ratio = f"{row['ratios'][peer]:.2f}" if peer in row["ratios"] else ""
+            error = f"{figures['error']:.1e}"
+            lines.append([id, peer, median, f"{low} to {high}", ratio, rate, error, row["run"]])
+            rate = ""
+        lines += [[id, peer, reason, "", "", "", "", row["run"]] for peer, reason in row["left_out"].items()]
+    header = ["case", "peer", "median, ms", "20 to 80 %", "× ours", "rate", "largest error", "run"]
+    return f"# {data['machine']}\n\n{provenance(data)}\n\n{markdown(header, lines)}\n"
+
+
+def draw(data: dict[str, Any], path: Path) -> None:
+    """Bars: how many times longer each peer takes than fastrnn, and fastrnn's share of the machine's limit."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = data["rows"]
+    modes = [mode for mode in ("forward", "training", "step") if any(f"-{mode}-" in id for id in rows)]
+    figure, axes = plt.subplots(len(modes), 2, figsize=(14, 4 * len(modes)), squeeze=False, layout="constrained")
+    for mode, (left, right) in zip(modes, axes, strict=True):
+        shown = {case: rows[case.id] for case in all_cases() if case.mode == mode and case.id in rows}
+        labels = [f"{case.cell} {case.shape} {case.dtype}" for case in shown]
+        peers = _compared(shown.values())
+        width = 0.8 / max(len(peers), 1)
+        for i, peer in enumerate(peers):
+            heights = [row["ratios"].get(peer, 1.0) - 1 for row in shown.values()]
+            places = [x + (i - len(peers) / 2) * width for x in range(len(shown))]
+            left.bar(places, heights, width, 1.0, label=NAMES[peer])
+        left.axhline(1.0, color="black", linewidth=0.8)
+        left.set(yscale="log", title=f"{mode}: time over fastrnn's")
+        left.set_xticks(range(len(shown)), labels, rotation=60, ha="right")
+        left.legend()
+        if not any("fraction" in row for row in shown.values()):
+            right.set_axis_off()
+            continue
+        right.bar(range(len(shown)), [row.get("fraction", 0.0) for row in shown.values()])
+        right.set(title=f"{mode}: fastrnn's share of the machine's limit", ylim=(0, 1.05))
+        right.set_xticks(range(len(shown)), labels, rotation=60, ha="right")
+    figure.suptitle(provenance(data), fontsize=9, wrap=True)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def compare(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """Cases of both files: our medians, their ratio, and that of torch.nn, which tells how much the machine changed."""
+    lines = []
+    for id in (id for id in new["rows"] if id in old["rows"]):
+        before, after = (data["rows"][id] for data in (old, new))
+        ours, torch = ([row["peers"][peer]["median"] for row in (before, after)] for peer in ("fastrnn", "torch"))
+        lines.append(
+            [id, f"{ours[0]:.4g}", f"{ours[1]:.4g}", f"{ours[0] / ours[1]:.2f}", f"{torch[0] / torch[1]:.2f}"]
+            + [f"{row['ratios']['torch']:.2f}" for row in (before, after)]
+        )
+    header = ["case", "old, ms", "new, ms", "speed-up", "torch's", "torch × old", "torch × new"]
+    return markdown(header, lines) if lines else "The two files have no case in common."
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description="Tables and pictures of bench/results.")
+    parser.add_argument("--check", action="store_true", help="only tell whether README.md is what the results give")
+    parser.add_argument("--compare", nargs="+", type=Path, metavar="FILE", help="OLD, or OLD and NEW results files")
+    options = parser.parse_args(arguments)
+    if options.compare:
+        if len(options.compare) > 2:
+            parser.error(f"--compare takes one or two files, got {len(options.compare)}")
+        old = results.load(options.compare[0])
+        new = options.compare[1] if len(options.compare) == 2 else results.folder() / f"{old['machine']}.json"
+        print(compare(old, results.load(new)))
+        return 0
+
+    files = results.load_all(results.folder())
+    present = README.read_text()
+    wanted = with_table(present, readme_table(files))
+    if options.check:
+        if present != wanted:
+            print("README.md's table is not what bench/results gives: run python -m bench.report", file=sys.stderr)
+        return int(present != wanted)
+    README.write_text(wanted)
+    REPORT.mkdir(exist_ok=True)
+    for data in files:
+        (REPORT / f"{data['machine']}.md").write_text(details(data))
+        draw(data, REPORT / f"{data['machine']}.png")
+    print(f"wrote {README} and {REPORT}")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (OSError, ValueError) as error:
+        sys.exit(f"bench.report: {error}")

@@ -1,0 +1,27 @@
+"""The recurrent layers and cells against their peers, one benchmark per case with all peers interleaved in it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from bench import machine
+from bench.check import enter
+from bench.conftest import Record
+from bench.peers import Problem
+from bench.registry import Case, chosen_cases
+from bench.timing import interleave, make_row
+
+
+@pytest.mark.parametrize("case", chosen_cases(), ids=lambda case: case.id)
+def test_recurrence(case: Case, benchmark: Any, threads: int, seconds: float, record: Record) -> None:
+    benchmark.group = f"{case.mode}, {case.dtype}"
+    with torch.set_grad_enabled(case.mode == "training"):
+        contenders, errors, left_out = enter(Problem(case))
+        calls = {name: contender.call for name, contender in contenders.items()}
+        times, rates = interleave(benchmark, calls, machine.limits(case), seconds)
+    if benchmark.enabled:
+        benchmark.extra_info.update(samples=times, rates=rates)
+        record(case, make_row(case, times, rates, errors, left_out))

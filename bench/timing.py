@@ -1,0 +1,124 @@
+"""Interleaved timing: every contender in every round, so that a drifting clock or a busy neighbour hits all alike."""
+
+from __future__ import annotations
+
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from bench.registry import Case
+
+Call = Callable[[], Any]
+
+# Untimed calls that start each turn: thread pools of the contender before spin on for milliseconds after their last
+# call, and a worker of libgomp that has slept 20 ms needs up to 8 ms to come back.
+SETTLE_SECONDS = 0.010
+# One timed turn makes as many calls as fill this, at least one.
+TURN_SECONDS = 0.010
+MIN_ROUNDS, MAX_ROUNDS = 7, 40
+
+
+def _run(call: Call, calls: int) -> float:
+    """Seconds per call."""
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    return (time.perf_counter() - start) / calls
+
+
+def interleave(
+    benchmark: Any,
+    contenders: Mapping[str, Call],
+    rates: Mapping[str, Call],
+    seconds: float,
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Time all contenders turn by turn for about `seconds`, at least 7 rounds.
+
+    The first contender is the one that pytest-benchmark itself times and shows; the others take their turns in its
+    teardown, in an order that rotates. `rates` are called once per round and return a measured rate.
+    Returns the seconds per call of each contender, one figure per round, and the rates of each round.
+    """
+    first, *others = contenders
+    estimate = {}
+    for name, call in contenders.items():
+        _run(call, 1)
+        estimate[name] = max(min(_run(call, 1) for _ in range(2)), 1e-7)
+    settle = {name: math.ceil(SETTLE_SECONDS / t) for name, t in estimate.items()}
+    turn = {name: math.ceil(TURN_SECONDS / t) for name, t in estimate.items()}
+    per_round = sum(t * (settle[name] + turn[name]) for name, t in estimate.items())
+    rounds = min(max(math.ceil(seconds / per_round), MIN_ROUNDS), MAX_ROUNDS)
+
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    measured: dict[str, list[float]] = {name: [] for name in rates}
+
+    def take_turns() -> None:
+        others.append(others.pop(0))
+        for name in others:
+            _run(contenders[name], settle[name])
+            times[name].append(_run(contenders[name], turn[name]))
+        for name, rate in rates.items():
+            measured[name].append(rate())
+        _run(contenders[first], settle[first])
+
+    gc.collect()
+    gc.disable()
+    try:
+        benchmark.pedantic(
+            contenders[first], teardown=take_turns, rounds=rounds, iterations=turn[first], warmup_rounds=1
+        )
+    finally:
+        gc.enable()
+    if not benchmark.enabled:
+        return times, measured
+    times[first] = list(benchmark.stats.stats.data)
+    # pytest-benchmark also calls the teardown after its warm-up, and after one last call where iterations > 1.
+    cut = slice(1, 1 + rounds)
+    return (
+        {name: samples if name == first else samples[cut] for name, samples in times.items()},
+        {name: samples[cut] for name, samples in measured.items()},
+    )
+
+
+def summary(samples: list[float]) -> dict[str, float]:
+    """Median and the quantiles at 20 and 80 %."""
+    cuts = statistics.quantiles(samples, n=5, method="inclusive")
+    return {"median": statistics.median(samples), "q20": cuts[0], "q80": cuts[-1]}
+
+
+def make_row(
+    case: Case,
+    times: Mapping[str, list[float]],  # seconds per call, one figure per round
+    rates: Mapping[str, list[float]],
+    errors: Mapping[str, float],
+    left_out: Mapping[str, str],
+) -> dict[str, Any]:
+    """One row of the results file: medians in milliseconds, ratios of medians, the rate and the machine's limit."""
+    medians = {name: statistics.median(samples) for name, samples in times.items()}
+    ours = medians["fastrnn"]
+    row: dict[str, Any] = {
+        "rounds": len(times["fastrnn"]),
+        "peers": {
+            name: {key: _digits(1e3 * value) for key, value in summary(samples).items()}
+            | {"error": _digits(errors[name])}
+            for name, samples in times.items()
+        },
+        "ratios": {name: _digits(median / ours) for name, median in medians.items() if name != "fastrnn"},
+        "left_out": dict(left_out),
+    }
+    work = {"arithmetic": ("gflops", case.flops), "weights": ("gbytes", case.streamed_bytes)}
+    if case.bound in work:
+        unit, amount = work[case.bound]
+        rate = amount / ours / 1e9
+        row[unit] = _digits(rate)
+        if unit in rates:
+            limit = statistics.median(rates[unit])
+            row |= {"limit": _digits(limit), "fraction": _digits(rate / limit)}
+    return row
+
+
+def _digits(value: float) -> float:
+    """Four significant digits."""
+    return float(f"{value:.4g}")

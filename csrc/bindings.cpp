@@ -1,0 +1,236 @@
+// pybind11 module fastrnn._C: the one file that knows Python. Tensors arrive as addresses (0 for none) that
+// fastrnn/backends/cpu.py has checked and allocated.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <numeric>
+
+#include "build_info.h"
+#include "cpu/dispatch.h"
+#include "cpu/threads.h"
+#include "cuda/device_query.h"
+
+namespace py = pybind11;
+using namespace fastrnn;
+using namespace fastrnn::cpu;
+
+namespace {
+
+template <class T = float>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// A weight in the panels of the kernels, forward and backward, kept between calls.
+class PackedWeight {
+ public:
+  PackedWeight(int cell, int64_t hidden_size, int64_t columns, bool hidden)
+      : cell_(static_cast<Cell>(cell)), hidden_size_(hidden_size), columns_(columns), hidden_(hidden) {}
+
+  // Packs the weight [G*H, columns] at `address`. With `reuse` nothing is done where the panels still match its address
+  // and a checksum of its contents: a version counter would miss writes through .data or shared memory.
+  void prepare(uintptr_t address, bool backward, bool reuse, int threads) {
+    Layout& layout = backward ? backward_ : forward_;
+    const Kernels& k = kernels();
+    const float* weight = pointer(address);
+    const int64_t size = gate_count(cell_) * hidden_size_ * columns_;
+    if (layout.kernels != &k) {
+      layout.panels.reset();
+      layout.panels = std::make_unique<Scratch>(backward ? k.packed_backward_size(cell_, hidden_size_, columns_)
+                                                         : k.packed_forward_size(cell_, hidden_size_, columns_));
+      layout.kernels = &k;
+      layout.source = nullptr;
+    }
+    py::gil_scoped_release release;
+    const uint64_t checksum = reuse ? k.checksum(weight, size, threads) : 0;
+    if (reuse && layout.source == weight && layout.checksum == checksum) return;
+    if (backward) {
+      k.pack_backward(cell_, hidden_size_, columns_, hidden_, weight, layout.panels->data(), threads);
+    } else {
+      k.pack_forward(cell_, hidden_size_, columns_, weight, layout.panels->data(), threads);
+    }
+    layout.source = reuse ? weight : nullptr;
+    layout.checksum = checksum;
+  }
+
+  const float* panels(bool backward) const { return (backward ? backward_ : forward_).panels->data(); }
+
+ private:
+  struct Layout {
+    const Kernels* kernels = nullptr;
+    std::unique_ptr<Scratch> panels;
+    const float* source = nullptr;  // null: contents unknown
+    uint64_t checksum = 0;
+  };
+
+  const Cell cell_;
+  const int64_t hidden_size_, columns_;
+  const bool hidden_;
+  Layout forward_, backward_;
+};
+
+// Where the rows of a call lie and which of them take part in each step.
+class Layout {
+ public:
+  Layout(int cell, bool reverse, int64_t steps, int64_t batch, int64_t input_size, int64_t hidden_size,
+         uintptr_t lengths, uintptr_t batch_sizes, uintptr_t resets, int64_t reset_stride_t, int64_t reset_stride_b)
+      : active_(steps, batch), row_base_(steps + 1, 0), packed_(batch_sizes != 0) {
+    if (packed_) {
+      std::copy_n(pointer<const int64_t>(batch_sizes), steps, active_.begin());
+    } else if (lengths) {
+      const int64_t* length = pointer<const int64_t>(lengths);
+      order_.resize(batch);
+      std::iota(order_.begin(), order_.end(), 0);
+      std::stable_sort(order_.begin(), order_.end(), [&](int64_t a, int64_t b) { return length[a] > length[b]; });
+      int64_t alive = batch;
+      for (int64_t t = 0; t < steps; ++t) {
+        while (alive > 0 && length[order_[alive - 1]] <= t) --alive;
+        active_[t] = alive;
+      }
+    }
+    std::partial_sum(active_.begin(), active_.end(), row_base_.begin() + 1);
+    problem = {static_cast<Cell>(cell),
+               reverse,
+               steps,
+               batch,
+               input_size,
+               hidden_size,
+               active_.data(),
+               row_base_.data(),
+               order_.empty() ? nullptr : order_.data(),
+               pointer<const uint8_t>(resets),
+               reset_stride_t,
+               reset_stride_b};
+  }
+
+  // The rows of a tensor with these strides (the first is of no account where sequences are packed).
+  Rows rows(std::pair<int64_t, int64_t> strides, std::vector<int64_t>& offsets) const {
+    offsets.resize(problem.steps);
+    for (int64_t t = 0; t < problem.steps; ++t)
+      offsets[t] = packed_ ? row_base_[t] * strides.second : t * strides.first;
+    return {offsets.data(), strides.second};
+  }
+
+  Problem problem;
+
+ private:
+  std::vector<int64_t> active_, row_base_, order_;
+  bool packed_;
+};
+
+using Strides = std::pair<int64_t, int64_t>;
+
+void forward(const Layout& layout, uintptr_t x, Strides x_strides, const PackedWeight* weight_ih,
+             const PackedWeight& weight_hh, uintptr_t bias_ih, uintptr_t bias_hh, uintptr_t h0, uintptr_t c0,
+             uintptr_t y, Strides y_strides, uintptr_t h_n, uintptr_t c_n, uintptr_t saved, uintptr_t c_all,
+             int threads) {
+  std::vector<int64_t> x_offsets, y_offsets;
+  const ForwardArgs args{pointer(x),
+                         layout.rows(x_strides, x_offsets),
+                         weight_ih ? weight_ih->panels(false) : nullptr,
+                         weight_hh.panels(false),
+                         pointer(bias_ih),
+                         pointer(bias_hh),
+                         pointer(h0),
+                         pointer(c0),
+                         pointer(y),
+                         layout.rows(y_strides, y_offsets),
+                         pointer(h_n),
+                         pointer(c_n),
+                         pointer(saved),
+                         pointer(c_all)};
+  py::gil_scoped_release release;
+  kernels().forward(layout.problem, args, threads);
+}
+
+void backward(const Layout& layout, uintptr_t dy, Strides dy_strides, uintptr_t dh_n, uintptr_t dc_n, uintptr_t x,
+              Strides x_strides, const PackedWeight* weight_ih, const PackedWeight& weight_hh, uintptr_t h0,
+              uintptr_t c0, uintptr_t y, Strides y_strides, uintptr_t saved, uintptr_t c_all, uintptr_t dx,
+              Strides dx_strides, uintptr_t dweight_ih, uintptr_t dweight_hh, uintptr_t dbias_ih, uintptr_t dbias_hh,
+              uintptr_t dh0, uintptr_t dc0, int threads) {
+  std::vector<int64_t> dy_offsets, x_offsets, y_offsets, dx_offsets;
+  const BackwardArgs args{pointer(dy),
+                          layout.rows(dy_strides, dy_offsets),
+                          pointer(dh_n),
+                          pointer(dc_n),
+                          pointer(x),
+                          layout.rows(x_strides, x_offsets),
+                          weight_ih ? weight_ih->panels(true) : nullptr,
+                          weight_hh.panels(true),
+                          pointer(h0),
+                          pointer(c0),
+                          pointer(y),
+                          layout.rows(y_strides, y_offsets),
+                          pointer(saved),
+                          pointer(c_all),
+                          pointer(dx),
+                          layout.rows(dx_strides, dx_offsets),
+                          pointer(dweight_ih),
+                          pointer(dweight_hh),
+                          pointer(dbias_ih),
+                          pointer(dbias_hh),
+                          pointer(dh0),
+                          pointer(dc0)};
+  py::gil_scoped_release release;
+  kernels().backward(layout.problem, args, threads);
+}
+
+Problem step_problem(int cell, int64_t batch, int64_t input_size, int64_t hidden_size) {
+  return {static_cast<Cell>(cell), false, 1, batch, input_size, hidden_size, nullptr, nullptr, nullptr, nullptr, 0, 0};
+}
+
+void step(int cell, int64_t batch, int64_t input_size, int64_t hidden_size, uintptr_t x, int64_t x_stride,
+          uintptr_t weight_ih, uintptr_t weight_hh, uintptr_t bias_ih, uintptr_t bias_hh, uintptr_t h0, uintptr_t c0,
+          uintptr_t h, uintptr_t c, uintptr_t saved, int threads) {
+  const StepArgs args{pointer(x),  x_stride,    pointer(weight_ih), pointer(weight_hh), pointer(bias_ih), pointer(bias_hh),
+                      pointer(h0), pointer(c0), pointer(h),         pointer(c),         pointer(saved)};
+  py::gil_scoped_release release;
+  kernels().step(step_problem(cell, batch, input_size, hidden_size), args, threads);
+}
+
+void step_backward(int cell, int64_t batch, int64_t input_size, int64_t hidden_size, uintptr_t dh, uintptr_t dc,
+                   uintptr_t x, int64_t x_stride, uintptr_t weight_ih, uintptr_t weight_hh, uintptr_t h0, uintptr_t c0,
+                   uintptr_t h, uintptr_t c, uintptr_t saved, uintptr_t dx, uintptr_t dweight_ih, uintptr_t dweight_hh,
+                   uintptr_t dbias_ih, uintptr_t dbias_hh, uintptr_t dh0, uintptr_t dc0, int threads) {
+  const StepBackwardArgs args{pointer(dh),         pointer(dc),         pointer(x),  x_stride,    pointer(weight_ih),
+                              pointer(weight_hh),  pointer(h0),         pointer(c0), pointer(h),  pointer(c),
+                              pointer(saved),      pointer(dx),         pointer(dweight_ih),      pointer(dweight_hh),
+                              pointer(dbias_ih),   pointer(dbias_hh),   pointer(dh0),             pointer(dc0)};
+  py::gil_scoped_release release;
+  kernels().step_backward(step_problem(cell, batch, input_size, hidden_size), args, threads);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.def("build_info", &build_info);
+  m.def("cuda_device_count", &cuda_device_count);
+  m.def("cuda_status", &cuda_status);
+
+  m.def("set_parallel_for", [](uintptr_t function) { set_parallel_for(reinterpret_cast<ParallelFor>(function)); });
+  m.def("cpu_isa", [] { return kernels().isa; });
+  m.def("cpu_isas", &available_isas);
+  m.def("use_cpu_isa", &use_isa);
+  m.def("fma_ceiling", [](int threads, double milliseconds) {
+    py::gil_scoped_release release;
+    return kernels().fma_ceiling(threads, milliseconds * 1e-3) * 1e-9;
+  });
+  m.def("checksum", [](uintptr_t data, int64_t size, int threads) {
+    return kernels().checksum(pointer(data), size, threads);
+  });
+  m.def("saved_size", [](int cell, int64_t rows, int64_t hidden_size) {
+    return kernels().saved_size(static_cast<Cell>(cell), rows, hidden_size);
+  });
+
+  py::class_<PackedWeight>(m, "PackedWeight")
+      .def(py::init<int, int64_t, int64_t, bool>())
+      .def("prepare", &PackedWeight::prepare);
+  py::class_<Layout>(m, "Layout")
+      .def(py::init<int, bool, int64_t, int64_t, int64_t, int64_t, uintptr_t, uintptr_t, uintptr_t, int64_t,
+                    int64_t>());
+  m.def("forward", &forward);
+  m.def("backward", &backward);
+  m.def("step", &step);
+  m.def("step_backward", &step_backward);
+}

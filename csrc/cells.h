@@ -1,0 +1,105 @@
+// The pointwise mathematics of each cell, forward and backward, once for every native back end.
+//
+// V is a vector of units (csrc/cpu) or a float (csrc/cuda); sigmoid(V) and tanh(V) are found where the
+// template is used. Gates follow torch's order. Formulas: fastrnn/reference/recurrence.py.
+#pragma once
+
+#ifdef __CUDACC__
+#define FASTRNN_CELL __host__ __device__ __forceinline__
+#else
+#define FASTRNN_CELL inline __attribute__((always_inline))
+#endif
+
+namespace fastrnn {
+
+enum class Cell : int { rnn_tanh, rnn_relu, lstm, gru };
+
+constexpr int gate_count(Cell cell) { return cell == Cell::lstm ? 4 : cell == Cell::gru ? 3 : 1; }
+
+// Values per unit that the backward pass needs besides the states: LSTM i f g o; GRU r z n and W_hn h + b_hn.
+constexpr int saved_count(Cell cell) { return cell == Cell::lstm || cell == Cell::gru ? 4 : 0; }
+
+// Gradients per unit that the backward pass produces: GRU (n*r, r, z, n), so that the gradient of W_hh h (the first
+// three) and of W_ih x (the last three) are both contiguous.
+constexpr int gradient_count(Cell cell) { return cell == Cell::lstm || cell == Cell::gru ? 4 : 1; }
+
+namespace {
+
+template <Cell cell, class V>
+FASTRNN_CELL V rnn_forward(V pre) {
+  if constexpr (cell == Cell::rnn_tanh) {
+    return tanh(pre);
+  } else {
+    return pre < 0.0f ? V{} : pre;  // written so that NaN passes
+  }
+}
+
+// h: the state that the step produced.
+template <Cell cell, class V>
+FASTRNN_CELL V rnn_backward(V h, V dh) {
+  if constexpr (cell == Cell::rnn_tanh) {
+    return dh * (1.0f - h * h);
+  } else {
+    return h > 0.0f ? dh : V{};
+  }
+}
+
+template <class V>
+struct LstmGates {
+  V i, f, g, o;
+};
+
+// gates: pre-activations on entry, activations on return; c: c_{t-1} on entry, c_t on return. Returns h_t.
+template <class V>
+FASTRNN_CELL V lstm_forward(LstmGates<V>& gates, V& c) {
+  gates.i = sigmoid(gates.i);
+  gates.f = sigmoid(gates.f);
+  gates.g = tanh(gates.g);
+  gates.o = sigmoid(gates.o);
+  c = gates.f * c + gates.i * gates.g;
+  return gates.o * tanh(c);
+}
+
+// gates: activations on entry, gradients of the pre-activations on return; dc: gradient of c_t on entry (without
+// what comes through h_t), of c_{t-1} on return.
+template <class V>
+FASTRNN_CELL void lstm_backward(LstmGates<V>& gates, V c_previous, V c, V dh, V& dc) {
+  const V tanh_c = tanh(c);
+  const V i = gates.i, f = gates.f, g = gates.g, o = gates.o;
+  dc = dc + dh * o * (1.0f - tanh_c * tanh_c);
+  gates.i = dc * g * i * (1.0f - i);
+  gates.f = dc * c_previous * f * (1.0f - f);
+  gates.g = dc * i * (1.0f - g * g);
+  gates.o = dh * tanh_c * o * (1.0f - o);
+  dc = dc * f;
+}
+
+template <class V>
+struct GruGates {
+  V r, z, n, h_n;  // h_n: W_hn h_{t-1} + b_hn
+};
+
+// gates: r and z pre-activations, n the input's part of its pre-activation, h_n; activations on return. Returns h_t.
+template <class V>
+FASTRNN_CELL V gru_forward(GruGates<V>& gates, V h_previous) {
+  gates.r = sigmoid(gates.r);
+  gates.z = sigmoid(gates.z);
+  gates.n = tanh(gates.n + gates.r * gates.h_n);
+  return (1.0f - gates.z) * gates.n + gates.z * h_previous;
+}
+
+// gates: as gru_forward left them on entry; gradients of the pre-activations r, z, n and of h_n on return.
+// dh: gradient of h_t on entry, its direct part for h_{t-1} on return.
+template <class V>
+FASTRNN_CELL void gru_backward(GruGates<V>& gates, V h_previous, V& dh) {
+  const V r = gates.r, z = gates.z, n = gates.n;
+  const V dn = dh * (1.0f - z) * (1.0f - n * n);
+  gates.r = dn * gates.h_n * r * (1.0f - r);
+  gates.z = dh * (h_previous - n) * z * (1.0f - z);
+  gates.n = dn;
+  gates.h_n = dn * r;
+  dh = dh * z;
+}
+
+}  // namespace
+}  // namespace fastrnn

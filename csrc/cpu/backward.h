@@ -1,0 +1,441 @@
+// The backward recurrence and the gradients of the weights. Steps run backwards with the hidden units dealt out as in the
+// forward pass; after each chunk of steps all threads turn the chunk's gate gradients dG into
+// dW += dG^T [h | x], db += sum dG and dx = dG W_ih, while dG is still in cache.
+#pragma once
+
+#include "cpu/forward.h"
+
+namespace fastrnn {
+namespace {
+
+constexpr int64_t kGradientRows = 384;  // rows of a chunk, the depth of one pass of dG^T [h | x]
+constexpr int64_t kInputDepth = 256;    // depth of one pass of dG W_ih: rows * depth of dG stay in L2
+constexpr int64_t kBlockPanels = 16;    // panels of [h | x] per pass over the rows of dW: 16 * 384 rows stay in L2
+
+// out[row][k] panels, column-major tiles: MR columns of dG, [K][MR], with their sums over k.
+template <int MR>
+inline void pack_columns(const float* from, int64_t stride, int64_t k_size, float* packed, float* sums) {
+  float total[MR] = {};
+  for (int64_t k = 0; k < k_size; ++k, from += stride, packed += MR)
+    for (int m = 0; m < MR; ++m) {
+      packed[m] = from[m];
+      total[m] += from[m];
+    }
+  for (int m = 0; m < MR; ++m) sums[m] = total[m];
+}
+
+template <int MR = max_rows<2>()>
+inline void pack_columns(int64_t columns, const float* from, int64_t stride, int64_t k_size, float* packed,
+                         float* sums) {
+  if (columns == MR) {
+    pack_columns<MR>(from, stride, k_size, packed, sums);
+  } else if constexpr (MR > 1) {
+    pack_columns<MR - 1>(columns, from, stride, k_size, packed, sums);
+  }
+}
+
+// out[columns of dG][columns] (+)= dG^T B for one tile of packed columns of dG and `panels` panels of B.
+inline void add_outer(int64_t rows, int64_t k_size, const float* packed, const float* b, int64_t panel_stride,
+                      int64_t panels, bool accumulate, float* out, int64_t ldc, int64_t columns) {
+  for (int64_t p = 0; p < panels; ++p) {
+    const int64_t count = columns - p * kColumns;
+    float* c = out + p * kColumns;
+    if (count >= kColumns) {
+      tile_rows<2, true>(rows, k_size, packed, rows, b + p * panel_stride, kColumns, accumulate, c, ldc);
+      continue;
+    }
+    alignas(64) float edge[max_rows<2>() * kColumns];
+    tile_rows<2, true>(rows, k_size, packed, rows, b + p * panel_stride, kColumns, false, edge, kColumns);
+    for (int64_t m = 0; m < rows; ++m)
+      for (int64_t n = 0; n < count; ++n)
+        c[m * ldc + n] = (accumulate ? c[m * ldc + n] : 0.0f) + edge[m * kColumns + n];
+  }
+}
+
+// The column blocks of dG, H wide each, and where they go: rows of dW_hh and dW_ih in gates, -1 for nowhere.
+struct GradientBlock {
+  int hidden_gate, input_gate;
+};
+
+template <Cell cell>
+constexpr GradientBlock gradient_block(int block) {
+  if (cell == Cell::gru) return block == 0 ? GradientBlock{2, -1} : GradientBlock{block < 3 ? block - 1 : -1, block - 1};
+  return {block, block};
+}
+
+template <Cell cell>
+class Backward {
+  using P = Panel<cell>;
+  static constexpr bool kLstm = cell == Cell::lstm, kGru = cell == Cell::gru;
+  static constexpr int kGates = gate_count(cell), kBlocks = gradient_count(cell);
+  static constexpr int kTile = max_rows<2>();
+
+ public:
+  Backward(const Problem& problem, const BackwardArgs& args, int threads)
+      : problem_(problem),
+        args_(args),
+        panels_(ceil_div(problem.hidden_size, kColumns)),
+        saved_panels_(P::count(problem.hidden_size)),
+        x_panels_(args.weight_ih || args.dweight_ih ? ceil_div(problem.input_size, kColumns) : 0),
+        deal_(deal_recurrence(problem, panels_, threads)),
+        barrier_(deal_.slots),
+        chunk_rows_(largest_chunk(problem)),
+        gradient_stride_(padded(kBlocks * problem.hidden_size)),
+        state_stride_(panels_ * kColumns),
+        tiles_(ceil_div(problem.hidden_size, kTile)),
+        tile_floats_(kTile * chunk_rows_),
+        slot_floats_(kBlocks * (ceil_div(tiles_, deal_.slots) + 1) * tile_floats_ +
+                     product_floats() + ceil_div(x_panels_, deal_.slots) * kColumns * chunk_rows_),
+        gradients_(2 * chunk_rows_ * gradient_stride_),
+        carry_((kLstm || kGru) ? problem.batch * state_stride_ : 0),
+        right_((panels_ + x_panels_) * kColumns * chunk_rows_),
+        scratch_(deal_.slots * slot_floats_) {}
+
+  void run() {
+    on_team(deal_.slots, [this](int64_t begin, int64_t end) { Slot(*this, begin, end).run(); });
+    if (problem_.row_base[problem_.steps] == 0) {  // no step was taken, so nothing wrote them
+      const int64_t rows = kGates * problem_.hidden_size;
+      if (args_.dweight_ih) __builtin_memset(args_.dweight_ih, 0, rows * problem_.input_size * sizeof(float));
+      if (args_.dweight_hh) __builtin_memset(args_.dweight_hh, 0, rows * problem_.hidden_size * sizeof(float));
+      if (args_.dbias_ih) __builtin_memset(args_.dbias_ih, 0, rows * sizeof(float));
+      if (args_.dbias_hh) __builtin_memset(args_.dbias_hh, 0, rows * sizeof(float));
+    }
+  }
+
+ private:
+  static int64_t largest_chunk(const Problem& problem) {
+    int64_t rows = smaller(kGradientRows, problem.row_base[problem.steps]);
+    for (int64_t t = 0; t < problem.steps; ++t) rows = larger(rows, problem.active[t]);
+    return larger(rows, 1);
+  }
+
+  int64_t product_floats() const { return larger(problem_.batch, 4) * kColumns; }
+
+  struct Slot {
+    const Backward& f;
+    const Problem& problem;
+    const BackwardArgs& args;
+    int64_t begin, end;      // the slots that this thread stands for
+    int64_t p0, p1, r0, r1;  // its panels of hidden units and rows
+    float *columns, *product, *dx;
+
+    Slot(const Backward& backward, int64_t begin_in, int64_t end_in)
+        : f(backward), problem(backward.problem_), args(backward.args_), begin(begin_in), end(end_in) {
+      const bool by_rows = f.deal_.by_rows;
+      p0 = by_rows ? 0 : share(f.panels_, begin);
+      p1 = by_rows ? f.panels_ : share(f.panels_, end);
+      r0 = by_rows ? share(problem.batch, begin) : 0;
+      r1 = by_rows ? share(problem.batch, end) : problem.batch;
+      product = f.scratch_.data() + begin * f.slot_floats_;
+      dx = product + f.product_floats();
+      columns = dx + (share(f.x_panels_, end) - share(f.x_panels_, begin)) * kColumns * f.chunk_rows_;
+    }
+
+    int64_t share(int64_t count, int64_t slot) const { return count * slot / f.deal_.slots; }
+    int64_t time(int64_t s) const { return problem.reverse ? problem.steps - 1 - s : s; }
+    int64_t entry(int64_t i) const { return problem.order ? problem.order[i] : i; }
+    int64_t active_at(int64_t s) const {  // rows of step s, 0 outside the sequence
+      return s < 0 || s >= problem.steps ? 0 : problem.active[time(s)];
+    }
+    bool is_reset(int64_t s, int64_t i) const {
+      return problem.resets &&
+             problem.resets[time(s) * problem.reset_stride_t + entry(i) * problem.reset_stride_b];
+    }
+    float* carry_at(int64_t i) const { return f.carry_.data() + i * f.state_stride_; }
+    void wait() const { f.barrier_.wait(end - begin); }
+
+    void run() {
+      pass_through();
+      const float* next = nullptr;  // dG of step s + 1
+      int64_t buffer = 0;
+      bool first = true;
+      for (int64_t s = problem.steps - 1; s >= 0;) {
+        const int64_t low = chunk_begin(s);
+        const int64_t base = smaller(problem.row_base[time(low)], problem.row_base[time(s)]);
+        float* chunk = f.gradients_.data() + buffer * f.chunk_rows_ * f.gradient_stride_;
+        int64_t rows = 0;
+        for (int64_t step = s; step >= low; --step) {
+          float* current = chunk + (problem.row_base[time(step)] - base) * f.gradient_stride_;
+          recur(step, next, current);
+          rows += active_at(step);
+          next = current;
+          if (!f.deal_.by_rows || step == low) wait();
+        }
+        gather_right(low, s, base, rows);
+        gather_columns(chunk, rows, first);
+        input_gradient(low, s, base, chunk, rows);
+        wait();
+        weight_gradients(rows, first);
+        first = false;
+        buffer ^= 1;
+        s = low - 1;
+      }
+      if (problem.steps > 0) recur(-1, next, nullptr);
+    }
+
+    int64_t chunk_begin(int64_t s) const {
+      int64_t rows = active_at(s), low = s;
+      while (low > 0 && rows + active_at(low - 1) <= f.chunk_rows_) rows += active_at(--low);
+      return low;
+    }
+
+    // Sequences of length 0: h_n is h0.
+    void pass_through() const {
+      for (int64_t i = larger(r0, problem.steps ? problem.active[0] : 0); i < r1; ++i)
+        for (int64_t u = p0 * kColumns; u < smaller(problem.hidden_size, p1 * kColumns); ++u) {
+          const int64_t at = entry(i) * problem.hidden_size + u;
+          if (args.dh0) args.dh0[at] = args.dh_n ? args.dh_n[at] : 0.0f;
+          if (kLstm && args.dc0) args.dc0[at] = args.dc_n ? args.dc_n[at] : 0.0f;
+        }
+    }
+
+    // dG of step s from that of step s + 1; rows that began at step s + 1 get their dh0 and dc0 instead.
+    void recur(int64_t s, const float* next, float* current) const {
+      const int64_t from = r0, coming = smaller(r1, active_at(s + 1));
+      const int64_t last = larger(coming, smaller(r1, active_at(s)));
+      if (from >= last) return;
+      const bool needed = s >= 0 || args.dh0 || args.dc0;
+      if (!needed) return;
+      for (int64_t p = p0; p < p1;) {
+        const int64_t taken = multiply(p, from, coming, next);
+        for (int64_t q = 0; q < taken; ++q)
+          finish(s, p + q, from, coming, last, product + q * larger(0, coming - from) * kColumns, current);
+        p += taken;
+      }
+    }
+
+    // product[panel][row][kColumns] = dG_{s+1} W_hh; returns the panels taken.
+    int64_t multiply(int64_t p, int64_t from, int64_t to, const float* next) const {
+      const int64_t rows = to - from, k_size = kGates * problem.hidden_size, panel_stride = k_size * kColumns;
+      if (rows <= 0) return 1;
+      const float *a = next + from * f.gradient_stride_, *b = args.weight_hh + p * panel_stride;
+      if (rows == 1 && p + 4 <= p1) {
+        tile_call<1, 2, 4, false>(k_size, a, f.gradient_stride_, b, kColumns, panel_stride, false, product, kColumns,
+                                  kColumns);
+        return 4;
+      }
+      if (rows <= 3 && p + 2 <= p1) {
+        auto call = rows == 1   ? tile_call<1, 2, 2, false>
+                    : rows == 2 ? tile_call<2, 2, 2, false>
+                                : tile_call<3, 2, 2, false>;
+        call(k_size, a, f.gradient_stride_, b, kColumns, panel_stride, false, product, kColumns, rows * kColumns);
+        return 2;
+      }
+      const RowTiles tiles(rows, kTile);
+      for (int64_t k = 0; k < k_size; k += kDepth)
+        for (int64_t i = 0; i < tiles.count; ++i)
+          tile_rows<2, false>(tiles.begin(i + 1) - tiles.begin(i), smaller(kDepth, k_size - k),
+                              a + tiles.begin(i) * f.gradient_stride_ + k, f.gradient_stride_, b + k * kColumns,
+                              kColumns, k > 0, product + tiles.begin(i) * kColumns, kColumns);
+      return 1;
+    }
+
+    // The pointwise part for rows [from, last) of step s; rows below `coming` took part in step s + 1.
+    void finish(int64_t s, int64_t p, int64_t from, int64_t coming, int64_t last, const float* recurrent,
+                float* current) const {
+      const int64_t hidden = problem.hidden_size, t = s >= 0 ? time(s) : 0, now = active_at(s);
+      const int64_t previous = active_at(s - 1);  // rows whose state before step s is a step's output
+      for (int64_t i = from; i < last; ++i, recurrent += kColumns) {
+        const int64_t b = entry(i);
+        const bool cut = i < coming && is_reset(s + 1, i);
+        for (int vector = 0; vector < 2; ++vector) {
+          const int64_t unit = p * kColumns + vector * kLanes, count = hidden - unit;
+          if (count <= 0) break;
+          const int64_t state_at = b * hidden + unit;
+          Vec dh = {}, dc = {};
+          if (i < coming) {
+            if (!cut) dh = load(recurrent + vector * kLanes);
+            if (kGru) dh += load(carry_at(i) + unit);
+            if (kLstm) dc = load(carry_at(i) + unit);
+          } else {
+            if (args.dh_n) dh = load(args.dh_n + state_at, count);
+            if (kLstm && args.dc_n) dc = load(args.dc_n + state_at, count);
+          }
+          if (i >= now) {  // the sequence began at step s + 1
+            if (args.dh0) store(args.dh0 + state_at, dh, count);
+            if (kLstm && args.dc0) store(args.dc0 + state_at, dc, count);
+            continue;
+          }
+          if (args.dy) dh += load(args.dy + args.dy_rows.offset[t] + b * args.dy_rows.stride + unit, count);
+
+          const int64_t y_at = args.y_rows.offset[t] + b * args.y_rows.stride + unit;
+          const bool reset = is_reset(s, i);
+          auto state_before = [&](const float* all, const float* initial) __attribute__((always_inline)) {
+            if (reset) return Vec{};
+            if (i < previous)
+              return load(all + args.y_rows.offset[time(s - 1)] + b * args.y_rows.stride + unit, count);
+            return initial ? load(initial + state_at, count) : Vec{};
+          };
+          const float* saved = args.saved + ((problem.row_base[t] + i) * f.saved_panels_ + unit / kLanes) *
+                                                (saved_count(cell) * kLanes);
+          float* out = current + i * f.gradient_stride_ + unit;
+          if constexpr (kLstm) {
+            LstmGates<Vec> gates{load(saved), load(saved + kLanes), load(saved + 2 * kLanes),
+                                 load(saved + 3 * kLanes)};
+            lstm_backward(gates, state_before(args.c_all, args.c0), load(args.c_all + y_at, count), dh, dc);
+            store(out, gates.i, count);
+            store(out + hidden, gates.f, count);
+            store(out + 2 * hidden, gates.g, count);
+            store(out + 3 * hidden, gates.o, count);
+            store(carry_at(i) + unit, reset ? Vec{} : dc);
+          } else if constexpr (kGru) {
+            GruGates<Vec> gates{load(saved), load(saved + kLanes), load(saved + 2 * kLanes),
+                                load(saved + 3 * kLanes)};
+            gru_backward(gates, state_before(args.y, args.h0), dh);
+            store(out, gates.h_n, count);
+            store(out + hidden, gates.r, count);
+            store(out + 2 * hidden, gates.z, count);
+            store(out + 3 * hidden, gates.n, count);
+            store(carry_at(i) + unit, reset ? Vec{} : dh);
+          } else {
+            store(out, rnn_backward<cell>(load(args.y + y_at, count), dh), count);
+          }
+        }
+      }
+    }
+
+    // function(row within the chunk, step, row within the step, t) for the steps [low, high], in memory order.
+    template <class Function>
+    void for_rows(int64_t low, int64_t high, int64_t base, Function function) const {
+      for (int64_t s = low; s <= high; ++s)
+        for (int64_t i = 0; i < active_at(s); ++i) function(problem.row_base[time(s)] - base + i, s, i, time(s));
+    }
+
+    // This thread's share of the right-hand side of dW: [h_{t-1} | x], in panels [rows][kColumns].
+    void gather_right(int64_t low, int64_t high, int64_t base, int64_t rows) const {
+      auto pack = [&](int64_t panel, int64_t column, int64_t size, const float* from, int64_t row) {
+        float* out = f.right_.data() + (panel * rows + row) * kColumns;
+        store(out, from ? load(from + column, size - column) : Vec{});
+        store(out + kLanes, from ? load(from + column + kLanes, size - column - kLanes) : Vec{});
+      };
+      if (args.dweight_hh) {
+        for_rows(low, high, base, [&](int64_t row, int64_t s, int64_t i, int64_t) {
+          const float* from = nullptr;
+          if (!is_reset(s, i)) {
+            if (i < active_at(s - 1)) {
+              from = args.y + args.y_rows.offset[time(s - 1)] + entry(i) * args.y_rows.stride;
+            } else if (args.h0) {
+              from = args.h0 + entry(i) * problem.hidden_size;
+            }
+          }
+          for (int64_t p = share(f.panels_, begin); p < share(f.panels_, end); ++p)
+            pack(p, p * kColumns, problem.hidden_size, from, row);
+        });
+      }
+      if (args.dweight_ih) {
+        for_rows(low, high, base, [&](int64_t row, int64_t, int64_t i, int64_t t) {
+          const float* from = args.x + args.x_rows.offset[t] + entry(i) * args.x_rows.stride;
+          for (int64_t p = share(f.x_panels_, begin); p < share(f.x_panels_, end); ++p)
+            pack(f.panels_ + p, p * kColumns, problem.input_size, from, row);
+        });
+      }
+    }
+
+    // function(block, tile within this thread's share, first column, columns) for its tiles of each block of dG.
+    template <class Function>
+    void for_tiles(Function function) const {
+      const int64_t first = share(problem.hidden_size, begin), size = share(problem.hidden_size, end) - first;
+      const RowTiles tiles(size, kTile);
+      for (int block = 0; block < kBlocks; ++block)
+        for (int64_t i = 0; i < tiles.count; ++i)
+          function(block, block * tiles.count + i, first + tiles.begin(i), tiles.begin(i + 1) - tiles.begin(i));
+    }
+
+    // This thread's columns of dG, packed for dG^T B, and their sums for the biases.
+    void gather_columns(const float* chunk, int64_t rows, bool first) const {
+      for_tiles([&](int block, int64_t tile, int64_t column, int64_t count) {
+        float sums[kTile];
+        pack_columns(count, chunk + block * problem.hidden_size + column, f.gradient_stride_, rows,
+                     columns + tile * f.tile_floats_, sums);
+        const GradientBlock to = gradient_block<cell>(block);
+        auto add = [&](float* bias, int gate) {
+          if (!bias || gate < 0) return;
+          for (int64_t m = 0; m < count; ++m) {
+            float& total = bias[gate * problem.hidden_size + column + m];
+            total = (first ? 0.0f : total) + sums[m];
+          }
+        };
+        add(args.dbias_hh, to.hidden_gate);
+        add(args.dbias_ih, to.input_gate);
+      });
+    }
+
+    void weight_gradients(int64_t rows, bool first) const {
+      const int64_t panel_stride = rows * kColumns, all = f.panels_ + f.x_panels_;
+      for (int64_t k = 0; k < rows; k += kGradientRows) {
+        const int64_t depth = smaller(kGradientRows, rows - k);
+        for (int64_t panel = 0; panel < all;) {
+          const bool hidden = panel < f.panels_;
+          const int64_t taken = smaller(kBlockPanels, (hidden ? f.panels_ : all) - panel);
+          const int64_t column = (hidden ? panel : panel - f.panels_) * kColumns;
+          const int64_t size = hidden ? problem.hidden_size : problem.input_size;
+          float* dweight = hidden ? args.dweight_hh : args.dweight_ih;
+          if (dweight) {
+            for_tiles([&](int block, int64_t tile, int64_t row, int64_t count) {
+              const GradientBlock to = gradient_block<cell>(block);
+              const int gate = hidden ? to.hidden_gate : to.input_gate;
+              if (gate < 0) return;
+              add_outer(count, depth, columns + tile * f.tile_floats_ + k * count,
+                        f.right_.data() + panel * panel_stride + k * kColumns, panel_stride, taken, !first || k > 0,
+                        dweight + (gate * problem.hidden_size + row) * size + column, size, size - column);
+            });
+          }
+          panel += taken;
+        }
+      }
+    }
+
+    void input_gradient(int64_t low, int64_t high, int64_t base, const float* chunk, int64_t rows) const {
+      if (!args.dx) return;
+      const float* a = chunk + (kGru ? problem.hidden_size : 0);  // the blocks r z n
+      const int64_t k_size = kGates * problem.hidden_size;
+      if (!args.weight_ih) {
+        const int64_t from = share(k_size, begin), size = share(k_size, end) - from;
+        for_rows(low, high, base, [&](int64_t row, int64_t, int64_t i, int64_t t) {
+          __builtin_memcpy(args.dx + args.dx_rows.offset[t] + entry(i) * args.dx_rows.stride + from,
+                           a + row * f.gradient_stride_ + from, size * sizeof(float));
+        });
+        zero_inactive(low, high, from, size);
+        return;
+      }
+      const int64_t first = share(f.x_panels_, begin), last = share(f.x_panels_, end);
+      const RowTiles tiles(rows, kTile);
+      for (int64_t k = 0; k < k_size; k += kInputDepth)
+        for (int64_t p = first; p < last; ++p)
+          for (int64_t i = 0; i < tiles.count; ++i)
+            tile_rows<2, false>(tiles.begin(i + 1) - tiles.begin(i), smaller(kInputDepth, k_size - k),
+                                a + tiles.begin(i) * f.gradient_stride_ + k, f.gradient_stride_,
+                                args.weight_ih + (p * k_size + k) * kColumns, kColumns, k > 0,
+                                dx + ((p - first) * rows + tiles.begin(i)) * kColumns, kColumns);
+      const int64_t from = first * kColumns, size = smaller(problem.input_size, last * kColumns) - from;
+      for_rows(low, high, base, [&](int64_t row, int64_t, int64_t i, int64_t t) {
+        float* out = args.dx + args.dx_rows.offset[t] + entry(i) * args.dx_rows.stride;
+        for (int64_t p = first; p < last; ++p)
+          for (int vector = 0; vector < 2; ++vector)
+            store(out + p * kColumns + vector * kLanes,
+                  load(dx + ((p - first) * rows + row) * kColumns + vector * kLanes),
+                  problem.input_size - p * kColumns - vector * kLanes);
+      });
+      zero_inactive(low, high, from, size);
+    }
+
+    void zero_inactive(int64_t low, int64_t high, int64_t from, int64_t size) const {
+      if (!problem.order || size <= 0) return;
+      for (int64_t s = low; s <= high; ++s)
+        for (int64_t i = active_at(s); i < problem.batch; ++i)
+          __builtin_memset(args.dx + args.dx_rows.offset[time(s)] + entry(i) * args.dx_rows.stride + from, 0,
+                           size * sizeof(float));
+    }
+  };
+
+  const Problem& problem_;
+  const BackwardArgs& args_;
+  const int64_t panels_, saved_panels_, x_panels_;
+  const Deal deal_;
+  mutable Barrier barrier_;
+  const int64_t chunk_rows_, gradient_stride_, state_stride_, tiles_, tile_floats_, slot_floats_;
+  const Scratch gradients_, carry_, right_, scratch_;
+};
+
+}  // namespace
+}  // namespace fastrnn

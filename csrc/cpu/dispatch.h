@@ -1,0 +1,20 @@
+// Which instruction set runs. Chosen once, by what the CPU has and at most what FASTRNN_CPU_ISA allows.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "cpu/recurrence.h"
+
+namespace fastrnn::cpu {
+
+// Names of the instruction sets that this machine can run, best first.
+std::vector<std::string> available_isas();
+
+// The kernels in use.
+const Kernels& kernels();
+
+// Throws std::invalid_argument for a name that is not available.
+void use_isa(const std::string& name);
+
+}  // namespace fastrnn::cpu

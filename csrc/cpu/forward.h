@@ -1,0 +1,375 @@
+// The forward recurrence over a whole sequence. Each thread owns a range of hidden units with all their gates: it
+// projects its part of a chunk of inputs, then walks the chunk's steps; only h crosses threads, one barrier a step.
+#pragma once
+
+#include "cpu/pack.h"
+
+namespace fastrnn {
+namespace {
+
+// Rows of a layout that hold one chunk of input projections: 64 to 256 measured equal, the whole sequence 3-10 % slower.
+constexpr int64_t kChunkRows = 128;
+constexpr int64_t kDepth = 1024;  // K per pass over a panel, so that it stays in L2
+
+// How the work of a call is dealt out: by hidden units (a barrier each step), or, where there are too few of them, by
+// rows of the batch (no barrier).
+struct Deal {
+  bool by_rows;
+  int64_t slots;
+};
+
+inline Deal deal_recurrence(const Problem& problem, int64_t panels, int threads) {
+  const double step_flops = 2.0 * gate_count(problem.cell) * problem.batch * problem.hidden_size *
+                            (problem.hidden_size + problem.input_size);
+  // A slot must have a step's work well above the barrier (50 ns, about 15k FLOP on one core).
+  const int64_t worth = larger(1, static_cast<int64_t>(step_flops / 120e3));
+  if (panels >= threads && worth >= 2) return {false, smaller(smaller(threads, worth), panels)};
+  const int64_t by_rows = smaller(smaller(threads, problem.batch),
+                                  larger(1, static_cast<int64_t>(step_flops * problem.steps / 1e6)));
+  return {by_rows > 1, by_rows};
+}
+
+inline int64_t padded(int64_t size) {
+  // A leading dimension that is a multiple of 4 KB would map all rows to the same cache sets.
+  const int64_t rounded = ceil_div(size, kLanes) * kLanes;
+  return rounded % 1024 == 0 ? rounded + 16 : rounded;
+}
+
+template <Cell cell>
+class Forward {
+  using P = Panel<cell>;
+  static constexpr bool kLstm = cell == Cell::lstm;
+  static constexpr int kMaxRows = max_rows<P::NV>();
+
+ public:
+  Forward(const Problem& problem, const ForwardArgs& args, int threads)
+      : problem_(problem),
+        args_(args),
+        panels_(P::count(problem.hidden_size)),
+        deal_(deal_recurrence(problem, panels_, threads)),
+        barrier_(deal_.slots),
+        h_stride_(padded(problem.hidden_size)),
+        block_rows_(larger(1, smaller(problem.row_base[problem.steps], kChunkRows))),
+        slot_panels_(deal_.by_rows ? panels_ : ceil_div(panels_, deal_.slots)),
+        slot_floats_(slot_panels_ * P::kWidth * (block_rows_ + 1) + slot_panels_ * P::kUnits +
+                     block_rows_ * padded(problem.input_size)),
+        h_(2 * problem.batch * h_stride_),
+        c_(kLstm ? problem.batch * h_stride_ : 0),
+        scratch_(deal_.slots * slot_floats_) {}
+
+  void run() {
+    on_team(deal_.slots, [this](int64_t begin, int64_t end) { Slot(*this, begin, end).run(); });
+  }
+
+ private:
+  struct Slot {
+    const Forward& f;
+    const Problem& problem;
+    const ForwardArgs& args;
+    int64_t weight;                // slots that this thread stands for
+    int64_t p0, p1, r0, r1;        // its panels and rows
+    float *gates_x, *bias, *bias_hn, *x_rows;
+    int64_t chunk_rows = 0;              // rows that the last projection filled
+    int64_t local_base[kChunkRows + 1];  // rows of the chunk before each of its steps, in memory order
+
+    Slot(const Forward& forward, int64_t begin, int64_t end)
+        : f(forward), problem(forward.problem_), args(forward.args_), weight(end - begin) {
+      const int64_t slots = f.deal_.slots;
+      const bool by_rows = f.deal_.by_rows;
+      p0 = by_rows ? 0 : f.panels_ * begin / slots;
+      p1 = by_rows ? f.panels_ : f.panels_ * end / slots;
+      r0 = by_rows ? problem.batch * begin / slots : 0;
+      r1 = by_rows ? problem.batch * end / slots : problem.batch;
+      gates_x = f.scratch_.data() + begin * f.slot_floats_;
+      bias = gates_x + (p1 - p0) * P::kWidth * f.block_rows_;
+      bias_hn = bias + (p1 - p0) * P::kWidth;
+      x_rows = bias_hn + (p1 - p0) * P::kUnits;
+    }
+
+    int64_t time(int64_t s) const { return problem.reverse ? problem.steps - 1 - s : s; }
+    int64_t entry(int64_t i) const { return problem.order ? problem.order[i] : i; }
+    int64_t active(int64_t t) const { return smaller(r1, problem.active[t]); }
+    bool is_reset(int64_t t, int64_t i) const {
+      return problem.resets && problem.resets[t * problem.reset_stride_t + entry(i) * problem.reset_stride_b];
+    }
+    float* h_at(int64_t s, int64_t i) const {
+      return f.h_.data() + ((s & 1) * problem.batch + i) * f.h_stride_;
+    }
+    float* c_at(int64_t i) const { return f.c_.data() + i * f.h_stride_; }
+    int64_t first_unit() const { return p0 * P::kUnits; }
+    int64_t last_unit() const { return smaller(problem.hidden_size, p1 * P::kUnits); }
+
+    void run() {
+      prepare_bias();
+      pass_through(larger(r0, problem.steps ? active(0) : 0));
+      if (problem.steps == 0) return;
+      join(0, r0, active(time(0)));
+      wait();
+      for (int64_t s = 0; s < problem.steps;) {
+        const int64_t end = chunk_end(s);
+        const int64_t rows = layout(s, end);
+        if (rows <= f.block_rows_) {
+          project(s, end, r0, rows);
+          for (int64_t step = s; step < end; ++step) {
+            const int64_t t = time(step);
+            recur(step, r0, active(t), local_base[t - smaller(time(s), time(end - 1))]);
+            finish_step(step);
+          }
+        } else {  // a single step with many rows
+          for (int64_t i = r0; i < active(time(s)); i += f.block_rows_) {
+            const int64_t last = smaller(active(time(s)), i + f.block_rows_);
+            project(s, end, i, last - i);
+            recur(s, i, last, 0);
+          }
+          finish_step(s);
+        }
+        s = end;
+      }
+    }
+
+    void wait() const {
+      if (!f.deal_.by_rows) f.barrier_.wait(weight);
+    }
+
+    void finish_step(int64_t s) {
+      zero_inactive(time(s));
+      if (s + 1 < problem.steps) {
+        join(s + 1, larger(r0, active(time(s))), active(time(s + 1)));
+        wait();
+      }
+    }
+
+    // Sequences of length 0, which are never active: the state passes through.
+    void pass_through(int64_t from) const {
+      for (int64_t i = from; i < r1; ++i)
+        for (int64_t u = first_unit(); u < last_unit(); ++u) {
+          const int64_t at = entry(i) * problem.hidden_size + u;
+          args.h_n[at] = args.h0 ? args.h0[at] : 0.0f;
+          if (kLstm) args.c_n[at] = args.c0 ? args.c0[at] : 0.0f;
+        }
+    }
+
+    // The rows whose first step is s start from the initial state.
+    void join(int64_t s, int64_t from, int64_t to) const {
+      for (int64_t i = from; i < to; ++i) {
+        const bool zero = is_reset(time(s), i);
+        const int64_t at = entry(i) * problem.hidden_size;
+        for (int64_t u = first_unit(); u < last_unit(); ++u) {
+          h_at(s, i)[u] = zero || !args.h0 ? 0.0f : args.h0[at + u];
+          if (kLstm) c_at(i)[u] = zero || !args.c0 ? 0.0f : args.c0[at + u];
+        }
+      }
+    }
+
+    void zero_inactive(int64_t t) const {
+      if (!problem.order) return;  // packed, or all of one length
+      for (int64_t i = larger(r0, problem.active[t]); i < r1; ++i) {
+        const int64_t at = args.y_rows.offset[t] + entry(i) * args.y_rows.stride;
+        for (int64_t u = first_unit(); u < last_unit(); ++u) {
+          args.y[at + u] = 0.0f;
+          if (kLstm && args.c_all) args.c_all[at + u] = 0.0f;
+        }
+      }
+    }
+
+    int64_t chunk_end(int64_t s) const {
+      int64_t rows = active(time(s)) - r0, end = s + 1;
+      while (end < problem.steps && end - s < kChunkRows) {
+        rows += larger(0, active(time(end)) - r0);
+        if (rows > f.block_rows_) break;
+        ++end;
+      }
+      return end;
+    }
+
+    // Fills local_base for the steps [s, end), which lie in memory order from the earliest t; returns the rows.
+    int64_t layout(int64_t s, int64_t end) {
+      const int64_t t0 = smaller(time(s), time(end - 1));
+      int64_t rows = 0;
+      for (int64_t k = 0; k < end - s; ++k) {
+        local_base[k] = rows;
+        rows += larger(0, active(t0 + k) - r0);
+      }
+      local_base[end - s] = rows;
+      return rows;
+    }
+
+    void prepare_bias() const {
+      for (int64_t p = p0; p < p1; ++p)
+        for (int v = 0; v < P::NV; ++v)
+          for (int lane = 0; lane < kLanes; ++lane) {
+            const int gate = v / P::kVectors;
+            const int64_t unit = p * P::kUnits + (v % P::kVectors) * kLanes + lane;
+            const bool valid = unit < problem.hidden_size;
+            const int64_t at = gate * problem.hidden_size + unit;
+            const float b_ih = valid && args.bias_ih ? args.bias_ih[at] : 0.0f;
+            const float b_hh = valid && args.bias_hh ? args.bias_hh[at] : 0.0f;
+            const bool candidate = cell == Cell::gru && gate == 2;
+            bias[(p - p0) * P::kWidth + v * kLanes + lane] = candidate ? b_ih : b_ih + b_hh;
+            if (candidate) bias_hn[(p - p0) * P::kUnits + lane] = b_hh;
+          }
+    }
+
+    // gates_x of the rows of steps [s, end) from row i0 on, panel by panel: x W_ih^T + b.
+    void project(int64_t s, int64_t end, int64_t i0, int64_t rows) {
+      const int64_t t0 = smaller(time(s), time(end - 1)), size = problem.input_size;
+      chunk_rows = rows;
+      const int64_t width = args.weight_ih ? size : P::kGates * problem.hidden_size;
+      const float* a = args.x + args.x_rows.offset[t0] + i0 * args.x_rows.stride;
+      int64_t lda = args.x_rows.stride;
+      bool uniform = !problem.order && (r0 == 0 || end - s == 1);
+      for (int64_t k = 0; uniform && k + 1 < end - s; ++k)
+        uniform = args.x_rows.offset[t0 + k + 1] - args.x_rows.offset[t0 + k] ==
+                  (local_base[k + 1] - local_base[k]) * lda;
+
+      if (!args.weight_ih) {
+        for_rows(t0, end - s, i0, rows, [&](int64_t row, const float* from) { copy_gates(row, from); });
+        return;
+      }
+      if (!uniform) {
+        lda = padded(size);
+        for_rows(t0, end - s, i0, rows,
+                 [&](int64_t row, const float* from) { __builtin_memcpy(x_rows + row * lda, from, width * 4); });
+        a = x_rows;
+      }
+      const RowTiles tiles(rows, kMaxRows);
+      for (int64_t p = p0; p < p1; ++p) {
+        float* out = gates_x + (p - p0) * rows * P::kWidth;
+        const float* b = bias + (p - p0) * P::kWidth;
+        for (int64_t row = 0; row < rows; ++row)
+          for (int v = 0; v < P::NV; ++v) store(out + row * P::kWidth + v * kLanes, load(b + v * kLanes));
+        for (int64_t k = 0; k < size; k += kDepth)
+          for (int64_t i = 0; i < tiles.count; ++i)
+            tile_rows<P::NV, false>(tiles.begin(i + 1) - tiles.begin(i), smaller(kDepth, size - k),
+                                    a + tiles.begin(i) * lda + k, lda,
+                                    args.weight_ih + (p * size + k) * P::kWidth, P::kWidth, true,
+                                    out + tiles.begin(i) * P::kWidth, P::kWidth);
+      }
+    }
+
+    // function(local row, its x) for rows of consecutive steps from t0.
+    template <class Function>
+    void for_rows(int64_t t0, int64_t steps, int64_t i0, int64_t rows, Function function) const {
+      int64_t row = 0;
+      for (int64_t k = 0; k < steps; ++k)
+        for (int64_t i = i0; i < active(t0 + k) && row < rows; ++i, ++row)
+          function(row, args.x + args.x_rows.offset[t0 + k] + entry(i) * args.x_rows.stride);
+    }
+
+    void copy_gates(int64_t row, const float* from) const {
+      for (int64_t p = p0; p < p1; ++p)
+        for (int v = 0; v < P::NV; ++v) {
+          const int64_t unit = p * P::kUnits + (v % P::kVectors) * kLanes;
+          const float* gate = from + (v / P::kVectors) * problem.hidden_size + unit;
+          store(gates_x + ((p - p0) * chunk_rows + row) * P::kWidth + v * kLanes,
+                load(gate, problem.hidden_size - unit) + load(bias + (p - p0) * P::kWidth + v * kLanes));
+        }
+    }
+
+    // Step s for rows [from, to), whose input parts start at row `base` of the current chunk.
+    void recur(int64_t s, int64_t from, int64_t to, int64_t base) {
+      if (from >= to) return;
+      const RowTiles tiles(to - from, kMaxRows);
+      for (int64_t p = p0; p < p1;) {
+        int64_t taken = 1;
+        for (int64_t i = 0; i < tiles.count; ++i) {
+          const int64_t row = tiles.begin(i), rows = tiles.begin(i + 1) - row;
+          alignas(64) float product[kMaxRows * P::kWidth];
+          taken = multiply(s, p, from + row, rows, product);
+          for (int64_t q = 0; q < taken; ++q)
+            finish(s, p + q, from + row, rows, product + q * rows * P::kWidth,
+                   gates_x + ((p + q - p0) * chunk_rows + base + row) * P::kWidth);
+        }
+        p += taken;
+      }
+    }
+
+    // product[panel][row][kWidth] = h W_hh^T for `rows` rows and one panel or, with few rows, several; returns how many.
+    int64_t multiply(int64_t s, int64_t p, int64_t i, int64_t rows, float* product) const {
+      const int64_t k_size = problem.hidden_size, panel_stride = k_size * P::kWidth;
+      const float *a = h_at(s, i), *b = args.weight_hh + p * panel_stride;
+      if (rows == 1 && p + panels_at_once<P::NV>(1) <= p1) {
+        constexpr int NP = panels_at_once<P::NV>(1);
+        tile_call<1, P::NV, NP, false>(k_size, a, f.h_stride_, b, P::kWidth, panel_stride, false, product, P::kWidth,
+                                       P::kWidth);
+        return NP;
+      }
+      if constexpr (panels_at_once<P::NV>(2) > 1) {
+        if (rows == 2 && p + 2 <= p1) {
+          tile_call<2, P::NV, 2, false>(k_size, a, f.h_stride_, b, P::kWidth, panel_stride, false, product, P::kWidth,
+                                        2 * P::kWidth);
+          return 2;
+        }
+      }
+      for (int64_t k = 0; k < k_size; k += kDepth)
+        tile_rows<P::NV, false>(rows, smaller(kDepth, k_size - k), a + k, f.h_stride_, b + k * P::kWidth, P::kWidth,
+                                k > 0, product, P::kWidth);
+      return 1;
+    }
+
+    // The pointwise part. Rolled over rows on purpose: unrolled, GCC keeps the tile in memory within the product.
+    void finish(int64_t s, int64_t p, int64_t from, int64_t rows, const float* product, const float* x_part) const {
+      const int64_t t = time(s), hidden = problem.hidden_size;
+      const bool more = s + 1 < problem.steps;
+      const int64_t continuing = more ? problem.active[time(s + 1)] : 0;
+      for (int64_t row = 0; row < rows; ++row, product += P::kWidth, x_part += P::kWidth) {
+        const int64_t i = from + row, b = entry(i);
+        const bool last = i >= continuing;
+        const bool reset = !last && is_reset(time(s + 1), i);
+        const int64_t y_at = args.y_rows.offset[t] + b * args.y_rows.stride;
+        float* saved = args.saved ? args.saved + ((problem.row_base[t] + i) * f.panels_ + p) *
+                                                     (saved_count(cell) * kLanes)
+                                  : nullptr;
+        for (int vector = 0; vector < P::kVectors; ++vector) {
+          const int64_t unit = p * P::kUnits + vector * kLanes, count = hidden - unit;
+          if (count <= 0) break;
+          auto pre = [&](int gate) __attribute__((always_inline)) {
+            const int at = (gate * P::kVectors + vector) * kLanes;
+            return load(product + at) + load(x_part + at);
+          };
+          Vec h;
+          if constexpr (kLstm) {
+            LstmGates<Vec> gates{pre(0), pre(1), pre(2), pre(3)};
+            Vec c = load(c_at(i) + unit);
+            h = lstm_forward(gates, c);
+            if (saved) {
+              store(saved, gates.i);
+              store(saved + kLanes, gates.f);
+              store(saved + 2 * kLanes, gates.g);
+              store(saved + 3 * kLanes, gates.o);
+              store(args.c_all + y_at + unit, c, count);
+            }
+            store(c_at(i) + unit, reset ? Vec{} : c);
+            if (last) store(args.c_n + b * hidden + unit, c, count);
+          } else if constexpr (cell == Cell::gru) {
+            GruGates<Vec> gates{pre(0), pre(1), load(x_part + 2 * kLanes),
+                                load(product + 2 * kLanes) + load(bias_hn + (p - p0) * P::kUnits)};
+            h = gru_forward(gates, load(h_at(s, i) + unit));
+            if (saved) {
+              store(saved, gates.r);
+              store(saved + kLanes, gates.z);
+              store(saved + 2 * kLanes, gates.n);
+              store(saved + 3 * kLanes, gates.h_n);
+            }
+          } else {
+            h = rnn_forward<cell>(pre(0));
+          }
+          store(args.y + y_at + unit, h, count);
+          if (last) store(args.h_n + b * hidden + unit, h, count);
+          if (more) store(h_at(s + 1, i) + unit, reset ? Vec{} : h);
+        }
+      }
+    }
+  };
+
+  const Problem& problem_;
+  const ForwardArgs& args_;
+  const int64_t panels_;
+  const Deal deal_;
+  mutable Barrier barrier_;
+  const int64_t h_stride_, block_rows_, slot_panels_, slot_floats_;
+  const Scratch h_, c_, scratch_;
+};
+
+}  // namespace
+}  // namespace fastrnn

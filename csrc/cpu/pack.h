@@ -1,0 +1,175 @@
+// Weights into panels, and the checksum by which a cached panel knows that its weight still stands.
+#pragma once
+
+#include "cpu/gemm.h"
+#include "cpu/recurrence.h"
+#include "cpu/threads.h"
+
+namespace fastrnn {
+namespace {
+
+using namespace fastrnn::cpu;
+
+// One forward panel holds kUnits hidden units with all their gates: vector g * kVectors + u is gate g of units
+// u * lanes .. u * lanes + lanes - 1.
+template <Cell cell>
+struct Panel {
+  static constexpr int kGates = gate_count(cell);
+  static constexpr int kVectors = kGates == 1 ? 2 : 1;
+  static constexpr int kUnits = kVectors * kLanes;
+  static constexpr int NV = kGates * kVectors;
+  static constexpr int kWidth = NV * kLanes;
+  static int64_t count(int64_t hidden_size) { return ceil_div(hidden_size, kUnits); }
+};
+
+// Backward panels hold two vectors of columns.
+constexpr int kColumns = 2 * kLanes;
+
+template <class Function>
+struct Team {
+  static void body(int64_t begin, int64_t end, void* context) { (*static_cast<Function*>(context))(begin, end); }
+};
+
+// function(begin, end) over the slots of a team.
+template <class Function>
+void on_team(int64_t slots, Function function) {
+  run_team(slots, &Team<Function>::body, &function);
+}
+
+constexpr int lane_mask(int lane, int d, bool second) {
+  return second ? ((lane & d) ? kLanes + lane : lane ^ d) : ((lane & d) ? kLanes + (lane ^ d) : lane);
+}
+
+inline VecInt shuffle_mask(int d, bool second) {
+  VecInt mask = {};
+  for (int lane = 0; lane < kLanes; ++lane) mask[lane] = lane_mask(lane, d, second);
+  return mask;
+}
+
+inline __attribute__((always_inline)) void transpose(Vec (&rows)[kLanes]) {
+#pragma GCC unroll 4
+  for (int d = kLanes / 2; d > 0; d /= 2) {
+    const VecInt low = shuffle_mask(d, false), high = shuffle_mask(d, true);
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) {
+      if (i & d) continue;
+      const Vec a = rows[i], b = rows[i | d];
+      rows[i] = __builtin_shuffle(a, b, low);
+      rows[i | d] = __builtin_shuffle(a, b, high);
+    }
+  }
+}
+
+// Lane l of the result is the sum over the lanes of rows[l], added in the same order for every l.
+inline __attribute__((always_inline)) Vec sum_lanes(Vec (&rows)[kLanes]) {
+#pragma GCC unroll 4
+  for (int d = kLanes / 2; d > 0; d /= 2) {
+    const VecInt low = shuffle_mask(d, false), high = shuffle_mask(d, true);
+#pragma GCC unroll 16
+    for (int i = 0; i < d; ++i)
+      rows[i] = __builtin_shuffle(rows[i], rows[i | d], low) + __builtin_shuffle(rows[i], rows[i | d], high);
+  }
+  return rows[0];
+}
+
+// Slots that `bytes` of memory traffic are worth: a team costs about 1 us to wake.
+inline int64_t traffic_slots(int64_t bytes, int threads) {
+  return larger(1, smaller(threads, bytes / (128 << 10)));
+}
+
+template <Cell cell>
+void pack_forward_panels(int64_t hidden_size, int64_t columns, const float* weight, float* packed, int threads) {
+  using P = Panel<cell>;
+  const int64_t panels = P::count(hidden_size);
+  const int64_t slots = smaller(panels, traffic_slots(panels * P::kWidth * columns * 8, threads));
+  on_team(slots, [=](int64_t begin, int64_t end) {
+    for (int64_t p = panels * begin / slots; p < panels * end / slots; ++p) {
+      float* panel = packed + p * P::kWidth * columns;
+      for (int v = 0; v < P::NV; ++v) {
+        const int64_t unit = p * P::kUnits + (v % P::kVectors) * kLanes;
+        const float* rows = weight + ((v / P::kVectors) * hidden_size + unit) * columns;
+        const int64_t valid = hidden_size - unit;
+        int64_t k = 0;
+        for (; valid >= kLanes && k + kLanes <= columns; k += kLanes) {
+          Vec block[kLanes];
+#pragma GCC unroll 16
+          for (int i = 0; i < kLanes; ++i) block[i] = load(rows + i * columns + k);
+          transpose(block);
+#pragma GCC unroll 16
+          for (int i = 0; i < kLanes; ++i) store(panel + (k + i) * P::kWidth + v * kLanes, block[i]);
+        }
+        for (; k < columns; ++k)
+          for (int i = 0; i < kLanes; ++i)
+            panel[k * P::kWidth + v * kLanes + i] = i < valid ? rows[i * columns + k] : 0.0f;
+      }
+    }
+  });
+}
+
+// Row of W_hh, in torch's order, whose gradient is column block `gate` of the GRU's hidden gradients (n*r, r, z).
+template <Cell cell>
+constexpr int hidden_gate(int gate) {
+  return cell == Cell::gru ? (gate + 2) % 3 : gate;
+}
+
+template <Cell cell>
+void pack_backward_panels(int64_t hidden_size, int64_t columns, bool hidden, const float* weight, float* packed,
+                          int threads) {
+  constexpr int kGates = gate_count(cell);
+  const int64_t k_size = kGates * hidden_size, panels = ceil_div(columns, kColumns);
+  const int64_t slots = smaller(panels, traffic_slots(k_size * columns * 8, threads));
+  on_team(slots, [=](int64_t begin, int64_t end) {
+    const int64_t first = panels * begin / slots, last = panels * end / slots;
+    for (int64_t k = 0; k < k_size; ++k) {
+      const int64_t gate = hidden ? hidden_gate<cell>(k / hidden_size) : k / hidden_size;
+      const float* row = weight + (gate * hidden_size + k % hidden_size) * columns;
+      for (int64_t p = first; p < last; ++p) {
+        float* out = packed + (p * k_size + k) * kColumns;
+        store(out, load(row + p * kColumns, columns - p * kColumns));
+        store(out + kLanes, load(row + p * kColumns + kLanes, columns - p * kColumns - kLanes));
+      }
+    }
+  });
+}
+
+// A sum of products of neighbouring words, each mixed with its position, so that it does not depend on how the threads
+// divide the data. It reads at the speed of memory; a changed weight escapes it with a chance of about 2^-64.
+inline uint64_t checksum_floats(const float* data, int64_t size, int threads) {
+  constexpr int64_t kBlock = 4096;
+  typedef uint64_t Words __attribute__((vector_size(FASTRNN_LANES * 4)));
+  typedef uint64_t WordsUnaligned __attribute__((vector_size(FASTRNN_LANES * 4), aligned(4), may_alias));
+  const int64_t blocks = ceil_div(size, kBlock);
+  const int64_t slots = smaller(larger(1, blocks), traffic_slots(size * 2, threads));
+  uint64_t total = 0;
+  on_team(slots, [&, blocks, slots](int64_t begin, int64_t end) {
+    uint64_t sum = 0;
+    for (int64_t b = blocks * begin / slots; b < blocks * end / slots; ++b) {
+      const int64_t last = smaller(size, (b + 1) * kBlock);
+      int64_t i = b * kBlock;
+      Words key = {}, sums[4] = {};
+      for (unsigned lane = 0; lane < sizeof(Words) / 8; ++lane)
+        key[lane] = (b * 64 + lane + 1) * 0x9E3779B97F4A7C15ull;
+      for (; i + 4 * kLanes <= last; i += 4 * kLanes)
+#pragma GCC unroll 4
+        for (int part = 0; part < 4; ++part) {
+          const Words word = *reinterpret_cast<const WordsUnaligned*>(data + i + part * kLanes);
+          const Words mixed = word ^ key;
+          sums[part] += (mixed & 0xFFFFFFFFu) * (mixed >> 32) + word;
+          key += 0xD1B54A32D192ED03ull;
+        }
+      for (unsigned lane = 0; lane < sizeof(Words) / 8; ++lane)
+        for (int part = 0; part < 4; ++part) sum += sums[part][lane];
+      for (; i < last; ++i) {
+        uint32_t word;
+        __builtin_memcpy(&word, data + i, 4);
+        const uint64_t mixed = (word + 0x165667B1u) * static_cast<uint64_t>(2 * i + 0x85EBCA77u);
+        sum += mixed ^ (mixed >> 29);
+      }
+    }
+    __atomic_add_fetch(&total, sum, __ATOMIC_RELAXED);
+  });
+  return total;
+}
+
+}  // namespace
+}  // namespace fastrnn

@@ -1,0 +1,135 @@
+// The CPU recurrence: what a call consists of, and the table of kernels that one instruction set provides.
+// Raw pointers and sizes only; the layouts are described in csrc/README.md.
+#pragma once
+
+#include <stdint.h>
+
+#include "cells.h"
+
+namespace fastrnn::cpu {
+
+// Where row i of step t lies: base + offset[t] + index(i) * stride, in elements.
+struct Rows {
+  const int64_t* offset;  // [T]
+  int64_t stride;
+};
+
+// Rows of a step are numbered 0..active[t]-1, longest sequence first; row i belongs to batch entry order[i].
+struct Problem {
+  Cell cell;
+  bool reverse;
+  int64_t steps, batch, input_size, hidden_size;
+  const int64_t* active;    // [T]
+  const int64_t* row_base;  // [T+1], prefix sums of active
+  const int64_t* order;     // [B], or null: row i is batch entry i
+  const uint8_t* resets;    // [T, B] by the strides below, or null
+  int64_t reset_stride_t, reset_stride_b;
+};
+
+struct ForwardArgs {
+  const float* x;  // [T, B, I], or pre-activations [T, B, G*H] where weight_ih is null
+  Rows x_rows;
+  const float* weight_ih;  // packed by pack_forward
+  const float* weight_hh;  // packed by pack_forward
+  const float* bias_ih;    // [G*H] or null
+  const float* bias_hh;    // [G*H] or null
+  const float* h0;         // [B, H] or null
+  const float* c0;         // [B, H] or null
+  float* y;                // [T, B, H]
+  Rows y_rows;
+  float* h_n;    // [B, H]
+  float* c_n;    // [B, H], LSTM
+  float* saved;  // [rows, panels, saved_count*lanes], or null in inference
+  float* c_all;  // like y, LSTM; null in inference
+};
+
+struct BackwardArgs {
+  const float* dy;  // [T, B, H] or null
+  Rows dy_rows;
+  const float* dh_n;  // [B, H] or null
+  const float* dc_n;  // [B, H] or null
+  const float* x;
+  Rows x_rows;
+  const float* weight_ih;  // packed by pack_backward; null: dx is the gradient of the pre-activations
+  const float* weight_hh;  // packed by pack_backward
+  const float* h0;
+  const float* c0;
+  const float* y;
+  Rows y_rows;
+  const float* saved;
+  const float* c_all;  // by y_rows
+  float* dx;           // or null
+  Rows dx_rows;
+  float* dweight_ih;  // [G*H, I] or null
+  float* dweight_hh;  // [G*H, H] or null
+  float* dbias_ih;    // [G*H] or null
+  float* dbias_hh;    // [G*H] or null
+  float* dh0;         // [B, H] or null
+  float* dc0;         // [B, H] or null
+};
+
+// One step straight from torch's weight layout, for calls too short to pay for packing. All [rows, columns] matrices
+// have contiguous rows.
+struct StepArgs {
+  const float* x;  // [B, I] or pre-activations [B, G*H] where weight_ih is null
+  int64_t x_stride;
+  const float* weight_ih;  // [G*H, I] or null
+  const float* weight_hh;  // [G*H, H]
+  const float* bias_ih;
+  const float* bias_hh;
+  const float* h0;  // [B, H] or null
+  const float* c0;  // [B, H] or null
+  float* h;         // [B, H]
+  float* c;         // [B, H], LSTM
+  float* saved;     // as ForwardArgs, or null
+};
+
+struct StepBackwardArgs {
+  const float* dh;  // [B, H] or null
+  const float* dc;  // [B, H] or null
+  const float* x;
+  int64_t x_stride;
+  const float* weight_ih;  // torch's layout
+  const float* weight_hh;
+  const float* h0;
+  const float* c0;
+  const float* h;
+  const float* c;
+  const float* saved;
+  float* dx;  // [B, I] or null
+  float* dweight_ih;
+  float* dweight_hh;
+  float* dbias_ih;
+  float* dbias_hh;
+  float* dh0;
+  float* dc0;
+};
+
+struct Kernels {
+  const char* isa;
+  int lanes;
+
+  // Elements of a weight [G*H, columns] once packed for the forward product x W^T.
+  int64_t (*packed_forward_size)(Cell, int64_t hidden_size, int64_t columns);
+  void (*pack_forward)(Cell, int64_t hidden_size, int64_t columns, const float* weight, float* packed, int threads);
+  // The same for the backward product dG W; `hidden` tells weight_hh, whose gradients come in the order of cells.h.
+  int64_t (*packed_backward_size)(Cell, int64_t hidden_size, int64_t columns);
+  void (*pack_backward)(Cell, int64_t hidden_size, int64_t columns, bool hidden, const float* weight, float* packed,
+                        int threads);
+  uint64_t (*checksum)(const float* data, int64_t size, int threads);
+
+  int64_t (*saved_size)(Cell, int64_t rows, int64_t hidden_size);
+  void (*forward)(const Problem&, const ForwardArgs&, int threads);
+  void (*backward)(const Problem&, const BackwardArgs&, int threads);
+  void (*step)(const Problem&, const StepArgs&, int threads);
+  void (*step_backward)(const Problem&, const StepBackwardArgs&, int threads);
+
+  // fp32 multiply-adds from registers alone, in FLOP/s summed over the threads.
+  double (*fma_ceiling)(int threads, double seconds);
+};
+
+const Kernels& kernels_portable();
+const Kernels& kernels_avx2();
+const Kernels& kernels_avx512();
+
+}  // namespace fastrnn::cpu

@@ -1,0 +1,104 @@
+"""The choice of a back end for a call, and why."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+from fastrnn.backends import aten, cpu, reference
+from fastrnn.backends.call import Norm, RecurrenceCall
+
+__all__ = ["NAMES", "Choice", "Norm", "RecurrenceCall", "choose", "recorded_choices"]
+
+_MODULES: dict[str, ModuleType] = {"cpu": cpu, "aten": aten, "reference": reference}
+
+# In the order in which "auto" prefers them. The kernels come before torch's operators wherever both compute the same:
+# bench/results has the measurements.
+NAMES = tuple(_MODULES)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What was picked for one call, and what spoke against each back end that was passed over."""
+
+    call: str
+    picked: str
+    asked: str
+    against: dict[str, list[str]]
+
+    def __str__(self) -> str:
+        lines = [f"{self.call}: {self.picked} (backend={self.asked!r})"]
+        for name in NAMES:
+            if name != self.picked:
+                reasons = self.against.get(name) or [f"{self.picked!r} comes first"]
+                lines += [f"  not {name}: {reason}" for reason in reasons]
+        return "\n".join(lines)
+
+
+_records: list[Choice] | None = None
+
+
+@contextlib.contextmanager
+def recorded_choices() -> Iterator[list[Choice]]:
+    """Collects the choices that are made inside the block."""
+    global _records
+    outer, _records = _records, []
+    try:
+        yield _records
+    finally:
+        _records = outer
+
+
+def _transform_reasons(call: RecurrenceCall) -> list[str]:
+    """What hides the tensors' memory from a kernel, or asks for derivatives that it does not have."""
+    if torch.compiler.is_compiling():
+        return []
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return ["a torch.func transform is active; only the reference can be transformed"]
+    if torch.autograd.forward_ad._current_level >= 0:
+        return ["forward-mode differentiation is active; only the reference has it"]
+    return []
+
+
+def _reasons(name: str, call: RecurrenceCall) -> list[str]:
+    found: list[str] = _MODULES[name].reasons_against(call)
+    return found if name == "reference" else _transform_reasons(call) + found
+
+
+def choose(call: RecurrenceCall, backend: str = "auto") -> str:
+    """The name of the back end that computes this call.
+
+    Raises ValueError for an unknown name, and NotImplementedError with all reasons where the named back end cannot
+    compute the call.
+    """
+    if backend not in (*NAMES, "auto"):
+        raise ValueError(f"backend must be one of {', '.join(map(repr, (*NAMES, 'auto')))}, got {backend!r}")
+    against: dict[str, list[str]] = {}
+    picked = backend
+    if backend == "auto":
+        for picked in NAMES:
+            against[picked] = _reasons(picked, call)
+            if not against[picked]:
+                break
+    else:
+        reasons = _reasons(backend, call)
+        if reasons:
+            raise NotImplementedError(f"backend {backend!r} cannot compute this call: " + "; ".join(reasons))
+    if _records is not None:
+        for name in NAMES:
+            if name not in against:
+                against[name] = _reasons(name, call)
+        _records.append(Choice(_describe(call), picked, backend, against))
+    return picked
+
+
+def _describe(call: RecurrenceCall) -> str:
+    shape = "x".join(map(str, call.x.shape))
+    direction = " reverse" if call.reverse else ""
+    return f"{call.cell}{direction}, input {shape} {str(call.x.dtype).removeprefix('torch.')}, weight_hh " + "x".join(
+        map(str, call.weight_hh.shape)
+    )

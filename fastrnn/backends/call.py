@@ -1,0 +1,70 @@
+"""One call of the operator `recurrence`: what every back end is asked to compute."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+Norm = tuple[Tensor, Tensor]  # weight and bias
+
+
+@dataclass(slots=True)
+class RecurrenceCall:
+    """One direction of one layer. T steps, B sequences, I inputs, H units, P projected units (H without weight_hr).
+
+    With `batch_sizes` the rows of `x` are those of a PackedSequence, longest first, and so are all results.
+    """
+
+    cell: str  # a key of fastrnn.reference.CELLS
+    x: Tensor  # [T, B, I], [N, I] when packed; or the pre-activations, G*H in place of I, where weight_ih is None
+    weight_ih: Tensor | None  # [G*H, I]
+    weight_hh: Tensor  # [G*H, P]
+    bias_ih: Tensor | None = None  # [G*H]
+    bias_hh: Tensor | None = None  # [G*H]
+    h0: Tensor | None = None  # [B, P]
+    c0: Tensor | None = None  # [B, H]
+    weight_hr: Tensor | None = None  # [P, H]
+    lengths: Tensor | None = None  # [B] int64
+    batch_sizes: Tensor | None = None  # [T] int64 on the CPU
+    resets: Tensor | None = None  # [T, B] bool
+    zoneout: float = 0.0
+    zoneout_seed: int | None = None  # None: the expectation
+    recurrent_mask: Tensor | None = None  # [B, P]
+    layer_norm_ih: Norm | None = None  # [G*H]
+    layer_norm_hh: Norm | None = None  # [G*H]
+    layer_norm_c: Norm | None = None  # [H]
+    reset_after: bool = True
+    reverse: bool = False
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The floating tensors that are given, by name."""
+        named = {
+            "x": self.x,
+            "weight_ih": self.weight_ih,
+            "weight_hh": self.weight_hh,
+            "bias_ih": self.bias_ih,
+            "bias_hh": self.bias_hh,
+            "h0": self.h0,
+            "c0": self.c0,
+            "weight_hr": self.weight_hr,
+            "recurrent_mask": self.recurrent_mask,
+        }
+        for name in ("layer_norm_ih", "layer_norm_hh", "layer_norm_c"):
+            norm = getattr(self, name)
+            if norm is not None:
+                named[f"{name}[0]"], named[f"{name}[1]"] = norm
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def options(self) -> list[str]:
+        """The options in use that torch.nn does not have."""
+        given = {
+            "lengths": self.lengths is not None,
+            "resets": self.resets is not None,
+            "zoneout": self.zoneout > 0,
+            "recurrent_mask": self.recurrent_mask is not None,
+            "layer_norm": self.layer_norm_hh is not None or self.layer_norm_ih is not None,
+            "layer_norm_c": self.layer_norm_c is not None,
+            "reset_after=False": not self.reset_after,
+        }
+        return [name for name, used in given.items() if used]

@@ -1,0 +1,279 @@
+"""The back end `cpu`: launchers of the native kernels in csrc/cpu. They allocate; the kernels only compute."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from fastrnn.backends import native
+from fastrnn.backends.call import RecurrenceCall
+
+CELL_INDEX = {"rnn_tanh": 0, "rnn_relu": 1, "lstm": 2, "gru": 3}
+
+# Options of a call that the kernels have.
+KERNEL_OPTIONS = frozenset({"lengths", "resets"})
+
+# Panels of weights, kept as long as the weight lives: (cell, hidden) -> PackedWeight.
+_packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def reasons_against(call: RecurrenceCall) -> list[str]:
+    reasons = []
+    if native.load() is None:
+        reasons.append(f"the compiled extension is not available ({native.load_error()})")
+    for name, tensor in call.tensors().items():
+        if tensor.device.type != "cpu":
+            reasons.append(f"{name} is on {tensor.device}, not on the CPU")
+        elif tensor.dtype != torch.float32:
+            reasons.append(f"{name} is {tensor.dtype}; the kernels compute in torch.float32")
+        elif tensor.layout != torch.strided:
+            reasons.append(f"{name} has layout {tensor.layout}, not torch.strided")
+    reasons += [f"no kernel for {option} yet" for option in call.options() if option not in KERNEL_OPTIONS]
+    if call.weight_hr is not None:
+        reasons.append("no kernel for proj_size yet")
+    if call.weight_hh.shape[0] == 0:
+        reasons.append("hidden size 0")
+    if torch.is_autocast_enabled("cpu"):
+        reasons.append("autocast to lower precision is on; the kernels compute in torch.float32")
+    return reasons
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _time_strides(tensor: Tensor) -> tuple[int, int]:
+    """Elements from step to step and from row to row; packed data have rows only."""
+    return (tensor.stride(0), tensor.stride(1)) if tensor.dim() == 3 else (0, tensor.stride(0))
+
+
+def _with_unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def new_like_rows(x: Tensor, columns: int) -> Tensor:
+    """An empty [T, B, columns], batch-major in memory where x is; [N, columns] when packed."""
+    if x.dim() == 2:
+        return x.new_empty(x.shape[0], columns)
+    steps, batch, _ = x.shape
+    if batch > 1 and steps > 1 and x.stride(0) < x.stride(1):
+        return x.new_empty(batch, steps, columns).transpose(0, 1)
+    return x.new_empty(steps, batch, columns)
+
+
+def _layout(
+    cell: str,
+    x: Tensor,
+    input_size: int,
+    hidden: int,
+    lengths: Tensor | None,
+    batch_sizes: Tensor | None,
+    resets: Tensor | None,
+    reverse: bool,
+) -> Any:
+    steps, batch = x.shape[:2] if batch_sizes is None else (batch_sizes.shape[0], int(batch_sizes[0]))
+    strides = (0, 0) if resets is None else resets.stride()
+    return native.load().Layout(  # type: ignore[union-attr]
+        CELL_INDEX[cell],
+        reverse,
+        steps,
+        batch,
+        input_size,
+        hidden,
+        _address(lengths),
+        _address(batch_sizes),
+        _address(resets),
+        *strides,
+    )
+
+
+def _pack(weight: Tensor, cell: str, gates: int, hidden_weight: bool, backward: bool, reuse: bool) -> Any:
+    per_weight = _packed.get(weight)
+    if per_weight is None:
+        per_weight = _packed[weight] = {}
+    key = (cell, tuple(weight.shape), hidden_weight)
+    packed = per_weight.get(key)
+    if packed is None:
+        library = native.load()
+        packed = library.PackedWeight(  # type: ignore[union-attr]
+            CELL_INDEX[cell], weight.shape[0] // gates, weight.shape[1], hidden_weight
+        )
+        per_weight[key] = packed
+    contiguous = weight.contiguous()
+    packed.prepare(contiguous.data_ptr(), backward, reuse and contiguous is weight, torch.get_num_threads())
+    return packed
+
+
+def _is_step(x: Tensor, lengths: Tensor | None, batch_sizes: Tensor | None) -> bool:
+    return x.dim() == 3 and x.shape[0] == 1 and lengths is None and batch_sizes is None
+
+
+def _reset_state(state: Tensor | None, resets: Tensor | None) -> Tensor | None:
+    return state if state is None or resets is None else torch.where(resets[0, :, None], 0, state)
+
+
+def forward(
+    cell: str,
+    x: Tensor,
+    weight_ih: Tensor | None,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    lengths: Tensor | None,
+    batch_sizes: Tensor | None,
+    resets: Tensor | None,
+    reverse: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """y, h_n, c_n, and, with `save`, what the backward pass needs: saved activations and every c_t (else empty)."""
+    library: Any = native.load()
+    hidden = weight_hh.shape[1]
+    gates = weight_hh.shape[0] // hidden
+    x = _with_unit_stride(x)
+    batch = x.shape[1] if batch_sizes is None else int(batch_sizes[0]) if len(batch_sizes) else 0
+    rows = x.shape[0] * x.shape[1] if batch_sizes is None else x.shape[0]
+    y = new_like_rows(x, hidden)
+    h_n = x.new_empty(batch, hidden)
+    c_n = x.new_empty((batch, hidden) if cell == "lstm" else 0)
+    saved = x.new_empty(library.saved_size(CELL_INDEX[cell], rows, hidden) if save else 0)
+    c_all = new_like_rows(x, hidden) if save and cell == "lstm" else x.new_empty(0)
+    # Without gradients the weights usually stand still, so that a checksum is worth its time; training changes them.
+    reuse = not save
+    bias_ih, bias_hh, h0, c0 = (None if t is None else t.contiguous() for t in (bias_ih, bias_hh, h0, c0))
+    threads = torch.get_num_threads()
+
+    if _is_step(x, lengths, batch_sizes):
+        h0, c0 = _reset_state(h0, resets), _reset_state(c0, resets)
+        weights = (None if weight_ih is None else weight_ih.contiguous(), weight_hh.contiguous())
+        library.step(
+            CELL_INDEX[cell],
+            batch,
+            x.shape[-1],
+            hidden,
+            x.data_ptr(),
+            x.stride(1),
+            *map(_address, (*weights, bias_ih, bias_hh, h0, c0, h_n)),
+            _address(c_n) if cell == "lstm" else 0,
+            _address(saved) if save else 0,
+            threads,
+        )
+        y.copy_(h_n[None])
+        if save and cell == "lstm":
+            c_all.copy_(c_n[None])
+        return y, h_n, c_n, saved, c_all
+
+    layout = _layout(cell, x, x.shape[-1], hidden, lengths, batch_sizes, resets, reverse)
+    library.forward(
+        layout,
+        x.data_ptr(),
+        _time_strides(x),
+        None if weight_ih is None else _pack(weight_ih, cell, gates, False, False, reuse),
+        _pack(weight_hh, cell, gates, True, False, reuse),
+        *map(_address, (bias_ih, bias_hh, h0, c0, y)),
+        _time_strides(y),
+        h_n.data_ptr(),
+        _address(c_n) if cell == "lstm" else 0,
+        _address(saved) if save else 0,
+        _address(c_all) if save and cell == "lstm" else 0,
+        threads,
+    )
+    return y, h_n, c_n, saved, c_all
+
+
+def backward(
+    cell: str,
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    x: Tensor,
+    weight_ih: Tensor | None,
+    weight_hh: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    lengths: Tensor | None,
+    batch_sizes: Tensor | None,
+    resets: Tensor | None,
+    reverse: bool,
+    y: Tensor,
+    saved: Tensor,
+    c_all: Tensor,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    """Gradients of x, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0; empty where `needs` is False."""
+    library: Any = native.load()
+    hidden = weight_hh.shape[1]
+    gates = weight_hh.shape[0] // hidden
+    lstm = cell == "lstm"
+    x = _with_unit_stride(x)
+    dy = None if dy is None else _with_unit_stride(dy)
+    dh_n, dc_n, h0, c0 = (None if t is None else t.contiguous() for t in (dh_n, dc_n, h0, c0))
+    batch = x.shape[1] if batch_sizes is None else int(batch_sizes[0]) if len(batch_sizes) else 0
+    state = (batch, hidden)
+    shapes: list[tuple[int, ...]] = [
+        (),
+        (gates * hidden, x.shape[-1]),
+        (gates * hidden, hidden),
+        (gates * hidden,),
+        (gates * hidden,),
+        state,
+        state,
+    ]
+    gradients = [x.new_empty(shape) if need else None for shape, need in zip(shapes, needs, strict=True)]
+    if needs[0]:
+        gradients[0] = new_like_rows(x, x.shape[-1])
+    dx, dh0, dc0 = gradients[0], gradients[5], gradients[6]
+    threads = torch.get_num_threads()
+
+    if _is_step(x, lengths, batch_sizes):
+        dh = dy[0] if dy is not None else None
+        dh = dh_n if dh is None else dh.contiguous() if dh_n is None else dh + dh_n
+        library.step_backward(
+            CELL_INDEX[cell],
+            batch,
+            x.shape[-1],
+            hidden,
+            _address(dh),
+            _address(dc_n) if lstm else 0,
+            x.data_ptr(),
+            x.stride(1),
+            *map(_address, (None if weight_ih is None else weight_ih.contiguous(), weight_hh.contiguous())),
+            *map(_address, (_reset_state(h0, resets), _reset_state(c0, resets) if lstm else None)),
+            y.data_ptr(),
+            _address(c_all) if lstm else 0,
+            saved.data_ptr(),
+            *map(_address, gradients),
+            threads,
+        )
+        for gradient in (dh0, dc0):
+            if gradient is not None and resets is not None:
+                gradient.masked_fill_(resets[0, :, None], 0)
+    else:
+        layout = _layout(cell, x, x.shape[-1], hidden, lengths, batch_sizes, resets, reverse)
+        project = weight_ih is not None and dx is not None
+        library.backward(
+            layout,
+            _address(dy),
+            (0, 0) if dy is None else _time_strides(dy),
+            _address(dh_n),
+            _address(dc_n) if lstm else 0,
+            x.data_ptr(),
+            _time_strides(x),
+            _pack(weight_ih, cell, gates, False, True, False) if project else None,  # type: ignore[arg-type]
+            _pack(weight_hh, cell, gates, True, True, False),
+            _address(h0),
+            _address(c0) if lstm else 0,
+            y.data_ptr(),
+            _time_strides(y),
+            _address(saved),
+            _address(c_all) if lstm else 0,
+            _address(dx),
+            (0, 0) if dx is None else _time_strides(dx),
+            *map(_address, gradients[1:]),
+            threads,
+        )
+    return tuple(x.new_empty(0) if gradient is None else gradient for gradient in gradients)

@@ -1,0 +1,367 @@
+"""The operator `recurrence`: one direction of one recurrent layer over time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastrnn import backends
+from fastrnn.backends import Norm, RecurrenceCall, aten, cpu, reference
+from fastrnn.reference import CELLS
+
+Result = tuple[Tensor, Tensor, Tensor | None]
+
+
+def recurrence(
+    cell: str,
+    gates_x: Tensor,
+    weight_hh: Tensor,
+    bias_hh: Tensor | None = None,
+    h0: Tensor | None = None,
+    c0: Tensor | None = None,
+    *,
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+    zoneout: float = 0.0,
+    zoneout_seed: int | None = None,
+    recurrent_mask: Tensor | None = None,
+    layer_norm_hh: Norm | None = None,
+    layer_norm_c: Norm | None = None,
+    reset_after: bool = True,
+    weight_hr: Tensor | None = None,
+    reverse: bool = False,
+    backend: str = "auto",
+) -> Result:
+    """The loop over time, from the input's pre-activations.
+
+    T steps, B sequences, H units, G gates (RNN 1, GRU 3: r z n, LSTM 4: i f g o), P = H, or the projected size.
+
+    Args:
+        cell: ``"rnn_tanh"``, ``"rnn_relu"``, ``"lstm"`` or ``"gru"``.
+        gates_x: [T, B, G*H], W_ih x + b_ih for all steps.
+        weight_hh, bias_hh: [G*H, P] and [G*H].
+        h0, c0: [B, P] and [B, H] (LSTM); zero by default.
+        lengths: [B] integers in 0..T. Steps t >= lengths[b] leave the state of sequence b alone and output zeros.
+        resets: [T, B] bool. Where true, the state before step t is zero, and no gradient passes.
+        zoneout: probability with which each unit keeps its previous h (and c) (Krueger et al. 2016, arXiv 1606.01305).
+        zoneout_seed: seed of the random masks; None takes the expectation, as in evaluation.
+        recurrent_mask: [B, P], multiplies h_{t-1} where it meets weight_hh (Gal and Ghahramani, arXiv 1512.05287).
+        layer_norm_hh: weight and bias [G*H] of the layer norm of W_hh h (Ba et al. 2016, arXiv 1607.06450).
+        layer_norm_c: weight and bias [H] of the layer norm of c_t before its tanh (LSTM).
+        reset_after: for the GRU. True: n = tanh(x_n + r * (W_hn h + b_hn)), as torch; False:
+            n = tanh(x_n + W_hn (r * h) + b_hn) (Cho et al. 2014, arXiv 1406.1078).
+        weight_hr: [P, H], projects h (LSTM only; Sak et al. 2014, arXiv 1402.1128).
+        reverse: run from the last step to the first.
+        backend: ``"auto"`` or the name of a back end.
+
+    Returns:
+        y [T, B, P], h_n [B, P], c_n [B, H] (None but for the LSTM). Differentiable in every floating input.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was wanted and what came, before anything is computed.
+        NotImplementedError: ``backend`` cannot compute this call; with all reasons.
+    """
+    call = RecurrenceCall(
+        cell,
+        gates_x,
+        None,
+        weight_hh,
+        None,
+        bias_hh,
+        h0,
+        c0,
+        weight_hr,
+        lengths=lengths,
+        resets=resets,
+        zoneout=zoneout,
+        zoneout_seed=zoneout_seed,
+        recurrent_mask=recurrent_mask,
+        layer_norm_hh=layer_norm_hh,
+        layer_norm_c=layer_norm_c,
+        reset_after=reset_after,
+        reverse=reverse,
+    )
+    return run(check(call), backend)
+
+
+def recurrent_layer(
+    cell: str,
+    x: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None = None,
+    bias_hh: Tensor | None = None,
+    h0: Tensor | None = None,
+    c0: Tensor | None = None,
+    *,
+    weight_hr: Tensor | None = None,
+    batch_sizes: Tensor | None = None,
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+    zoneout: float = 0.0,
+    zoneout_seed: int | None = None,
+    recurrent_mask: Tensor | None = None,
+    layer_norm_ih: Norm | None = None,
+    layer_norm_hh: Norm | None = None,
+    layer_norm_c: Norm | None = None,
+    reset_after: bool = True,
+    reverse: bool = False,
+    backend: str = "auto",
+) -> Result:
+    """The input projection and the loop over time in one call, which lets a back end fuse the two.
+
+    As :func:`recurrence`, but for
+
+    Args:
+        x: [T, B, I], or [N, I] with ``batch_sizes``.
+        weight_ih, bias_ih: [G*H, I] and [G*H].
+        batch_sizes: [T] int64 on the CPU, as in a ``PackedSequence``: x, h0, c0 and all results hold their sequences
+            longest first, and steps past a sequence's end do not exist.
+        layer_norm_ih: weight and bias [G*H] of the layer norm of W_ih x.
+    """
+    call = RecurrenceCall(
+        cell,
+        x,
+        weight_ih,
+        weight_hh,
+        bias_ih,
+        bias_hh,
+        h0,
+        c0,
+        weight_hr,
+        lengths,
+        batch_sizes,
+        resets,
+        zoneout,
+        zoneout_seed,
+        recurrent_mask,
+        layer_norm_ih,
+        layer_norm_hh,
+        layer_norm_c,
+        reset_after,
+        reverse,
+    )
+    return run(check(call), backend)
+
+
+def check(call: RecurrenceCall) -> RecurrenceCall:
+    """The call itself, once its arguments are known to fit together."""
+    if call.cell not in CELLS:
+        raise ValueError(f"cell must be one of {', '.join(map(repr, CELLS))}, got {call.cell!r}")
+    for name, tensor in call.tensors().items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    name = "gates_x" if call.weight_ih is None else "x"
+    x, weight_ih, weight_hh, cell = call.x, call.weight_ih, call.weight_hh, CELLS[call.cell]
+    packed = call.batch_sizes is not None
+    if not x.is_floating_point():
+        raise TypeError(f"{name} must have a floating dtype, got {x.dtype}")
+    if x.dim() != (2 if packed else 3):
+        raise ValueError(f"{name} must have {2 if packed else 3} dimensions, got shape {tuple(x.shape)}")
+    if weight_hh.dim() != 2 or weight_hh.shape[0] % cell.gates:
+        raise ValueError(
+            f"weight_hh must have shape ({cell.gates} * hidden_size, hidden_size), got {tuple(weight_hh.shape)}"
+        )
+    rows = weight_hh.shape[0]
+    hidden = rows // cell.gates
+    projected = hidden if call.weight_hr is None else call.weight_hr.shape[0]
+    if call.weight_hr is not None and call.cell != "lstm":
+        raise ValueError(f"weight_hr is for the cell 'lstm', got cell {call.cell!r}")
+    if call.c0 is not None and not cell.has_cell_state:
+        raise ValueError(f"c0 is for the cell 'lstm', got cell {call.cell!r}")
+    if packed:
+        batch = _check_batch_sizes(call)
+    else:
+        batch = x.shape[1]
+
+    expected: list[tuple[str, Tensor | None, tuple[int, ...]]] = [
+        ("weight_hh", weight_hh, (rows, projected)),
+        ("weight_ih", weight_ih, (rows, x.shape[-1])),
+        (name, x, (*x.shape[:-1], rows if weight_ih is None else x.shape[-1])),
+        ("bias_ih", call.bias_ih, (rows,)),
+        ("bias_hh", call.bias_hh, (rows,)),
+        ("h0", call.h0, (batch, projected)),
+        ("c0", call.c0, (batch, hidden)),
+        ("weight_hr", call.weight_hr, (projected, hidden)),
+        ("recurrent_mask", call.recurrent_mask, (batch, projected)),
+    ]
+    for norm_name, norm, size in (
+        ("layer_norm_ih", call.layer_norm_ih, rows),
+        ("layer_norm_hh", call.layer_norm_hh, rows),
+        ("layer_norm_c", call.layer_norm_c, hidden),
+    ):
+        if norm is not None:
+            expected += [(f"{norm_name}[{i}]", part, (size,)) for i, part in enumerate(norm)]
+    for argument, tensor, shape in expected:
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{argument} must have shape {shape}, got {tuple(tensor.shape)}")
+        if tensor.device != x.device:
+            raise ValueError(f"{argument} must be on the device of {name}, {x.device}, got {tensor.device}")
+        if tensor.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(f"{argument} must have the dtype of {name}, {x.dtype}, got {tensor.dtype}")
+    _check_options(call, batch)
+    return call
+
+
+def _check_batch_sizes(call: RecurrenceCall) -> int:
+    sizes = call.batch_sizes
+    assert sizes is not None
+    if sizes.dim() != 1 or sizes.dtype != torch.int64 or sizes.device.type != "cpu" or not len(sizes):
+        raise ValueError(
+            f"batch_sizes must be a non-empty 1-D int64 tensor on the CPU, got shape {tuple(sizes.shape)} {sizes.dtype} "
+            f"on {sizes.device}"
+        )
+    if call.lengths is not None:
+        raise ValueError("lengths cannot be combined with batch_sizes, which already say where sequences end")
+    listed = sizes.tolist()
+    if listed[-1] <= 0 or any(a < b for a, b in zip(listed, listed[1:], strict=False)) or sum(listed) != len(call.x):
+        raise ValueError(
+            "batch_sizes must be positive, must not increase and must add up to the rows of x "
+            f"({len(call.x)}), got {listed if len(listed) <= 8 else str(listed[:8])[:-1] + ', ...]'}"
+        )
+    return int(listed[0])
+
+
+def _check_options(call: RecurrenceCall, batch: int) -> None:
+    if not 0 <= call.zoneout <= 1:
+        raise ValueError(f"zoneout must be a probability in [0, 1], got {call.zoneout}")
+    if not call.reset_after and call.cell != "gru":
+        raise ValueError(f"reset_after=False is for the cell 'gru', got cell {call.cell!r}")
+    if call.layer_norm_c is not None and call.cell != "lstm":
+        raise ValueError(f"layer_norm_c is for the cell 'lstm', got cell {call.cell!r}")
+    lengths, resets = call.lengths, call.resets
+    if lengths is not None:
+        if lengths.dtype not in (torch.int64, torch.int32) or tuple(lengths.shape) != (batch,):
+            raise ValueError(
+                f"lengths must be int64 or int32 of shape {(batch,)}, got {lengths.dtype} {tuple(lengths.shape)}"
+            )
+        # Values are looked at on the CPU only: on a GPU that would stop the host, so the kernels clamp them there.
+        if lengths.device.type == "cpu" and batch and not torch.compiler.is_compiling():
+            low, high = (int(bound) for bound in lengths.aminmax())
+            if low < 0 or high > call.x.shape[0]:
+                raise ValueError(f"lengths must lie in 0..{call.x.shape[0]}, got values in {low}..{high}")
+    if resets is not None:
+        steps = len(call.batch_sizes) if call.batch_sizes is not None else call.x.shape[0]
+        if resets.dtype != torch.bool or tuple(resets.shape) != (steps, batch):
+            raise ValueError(f"resets must be bool of shape {(steps, batch)}, got {resets.dtype} {tuple(resets.shape)}")
+        if resets.device != call.x.device:
+            raise ValueError(f"resets must be on {call.x.device}, got {resets.device}")
+
+
+def run(call: RecurrenceCall, backend: str) -> Result:
+    """The call on the chosen back end."""
+    picked = backends.choose(call, backend)
+    if picked == "aten":
+        return aten.run(call)[:3]
+    if picked == "reference":
+        return reference.run(call)[:3]
+    lengths = None if call.lengths is None else call.lengths.to("cpu", torch.int64).contiguous()
+    batch_sizes = None if call.batch_sizes is None else call.batch_sizes.contiguous()
+    inputs = (call.x, call.weight_ih, call.weight_hh, call.bias_ih, call.bias_hh, call.h0, call.c0)
+    others = (lengths, batch_sizes, call.resets)
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs):
+        y, h_n, c_n = _Recurrence.apply(call.cell, call.reverse, *inputs, *others)
+    else:
+        y, h_n, c_n, _, _ = _forward(call.cell, *inputs, *others, call.reverse, False)
+    return y, h_n, c_n if call.cell == "lstm" else None
+
+
+def _use_registered_op() -> bool:
+    """Under torch.compile, export and dispatch modes (fake tensors, profilers of FLOPs) the registered op must be seen."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
+def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return torch.ops.fastrnn.recurrence_forward(*args) if _use_registered_op() else cpu.forward(*args)
+
+
+def _backward(*args: Any) -> tuple[Tensor, ...]:
+    return torch.ops.fastrnn.recurrence_backward(*args) if _use_registered_op() else cpu.backward(*args)
+
+
+class _Recurrence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, cell: str, reverse: bool, *tensors: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        y, h_n, c_n, saved, c_all = _forward(cell, *tensors, reverse, True)
+        ctx.cell, ctx.reverse = cell, reverse
+        # A copy of y, so that the caller may work on y in place as with torch.nn (0.2 % of a training step).
+        ctx.save_for_backward(*tensors, y.clone(), saved, c_all)
+        ctx.set_materialize_grads(False)
+        if cell != "lstm":
+            ctx.mark_non_differentiable(c_n)
+        return y, h_n, c_n
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None) -> tuple[Any, ...]:
+        *tensors, y, saved, c_all = ctx.saved_tensors
+        needs = ctx.needs_input_grad[2:9]
+        gradients = (dy, dh_n, dc_n if ctx.cell == "lstm" else None)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            found = _differentiable_gradients(ctx.cell, ctx.reverse, tensors, gradients, needs)
+        else:
+            found = _first_order_gradients(ctx.cell, ctx.reverse, tensors, gradients, (y, saved, c_all), needs)
+        return None, None, *found, None, None, None
+
+
+def _first_order_gradients(
+    cell: str,
+    reverse: bool,
+    tensors: list[Tensor | None],
+    gradients: tuple[Tensor | None, ...],
+    kept: tuple[Tensor, Tensor, Tensor],
+    needs: tuple[bool, ...],
+) -> list[Tensor | None]:
+    x, weight_ih, weight_hh, _, _, h0, c0, lengths, batch_sizes, resets = tensors
+    found = _backward(
+        cell, *gradients, x, weight_ih, weight_hh, h0, c0, lengths, batch_sizes, resets, reverse, *kept, list(needs)
+    )
+    return [gradient if need else None for gradient, need in zip(found, needs, strict=True)]
+
+
+def _differentiable_gradients(
+    cell: str,
+    reverse: bool,
+    tensors: list[Tensor | None],
+    gradients: tuple[Tensor | None, ...],
+    needs: tuple[bool, ...],
+) -> list[Tensor | None]:
+    """The gradients as differentiable functions of everything (create_graph=True): by way of the reference."""
+    *inputs, lengths, batch_sizes, resets = tensors
+    with torch.enable_grad():
+        call = RecurrenceCall(
+            cell, *inputs, lengths=lengths, batch_sizes=batch_sizes, resets=resets, reverse=reverse  # type: ignore[arg-type]
+        )
+        outputs = reference.run(call)[:3]
+        pairs = [(o, g) for o, g in zip(outputs, gradients, strict=True) if o is not None and g is not None]
+        wanted = [tensor for tensor, need in zip(inputs, needs, strict=True) if need]
+        found = iter(
+            torch.autograd.grad(
+                [o for o, _ in pairs], wanted, [g for _, g in pairs], create_graph=True, allow_unused=True
+            )
+        )
+    return [next(found) if need else None for need in needs]
+
+
+_INPUTS = (
+    "Tensor x, Tensor? weight_ih, Tensor weight_hh, {}Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? batch_sizes, "
+    "Tensor? resets, bool reverse, "
+)
+torch.library.define(
+    "fastrnn::recurrence_forward",
+    "(str cell, "
+    + _INPUTS.format("Tensor? bias_ih, Tensor? bias_hh, ")
+    + "bool save) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+torch.library.define(
+    "fastrnn::recurrence_backward",
+    "(str cell, Tensor? dy, Tensor? dh_n, Tensor? dc_n, "
+    + _INPUTS.format("")
+    + "Tensor y, Tensor saved, Tensor c_all, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+torch.library.impl("fastrnn::recurrence_forward", "CPU", cpu.forward)
+torch.library.impl("fastrnn::recurrence_backward", "CPU", cpu.backward)

@@ -1,0 +1,5 @@
+"""The executable specification: every operator in plain PyTorch, written as its formula reads."""
+
+from fastrnn.reference.recurrence import CELLS, Cell, layer_norm, recurrence, zoneout_mask
+
+__all__ = ["CELLS", "Cell", "layer_norm", "recurrence", "zoneout_mask"]

@@ -1,0 +1,189 @@
+"""The example programs as a user runs them, but tiny: results, bad input, and that a resumed run is the same run."""
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import matplotlib.image
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+CHAR_LM = EXAMPLES / "char_lm.py"
+TEXT = CHAR_LM  # real text that is always there
+BATCH, SEQUENCE, HIDDEN = 4, 8, 16
+TINY = ("--batch", BATCH, "--sequence", SEQUENCE, "--hidden", HIDDEN, "--data", TEXT)
+# Threads of OpenMP that spin while they wait make tiny steps 25 times slower when other programs want the cores (seen).
+ENVIRONMENT = os.environ | {"OMP_WAIT_POLICY": "passive"}
+
+
+def command(*options: object) -> list[str]:
+    return [sys.executable, str(CHAR_LM), *map(str, options)]
+
+
+def run(*options: object) -> None:
+    subprocess.run(command(*options), env=ENVIRONMENT, check=True, capture_output=True, timeout=60)
+
+
+def losses(folder: Path) -> tuple[list[float], list[float]]:
+    runs = json.loads((folder / "metrics.json").read_text())["runs"]
+    return runs["torch.nn"]["losses"], runs["fastrnn"]["losses"]
+
+
+@pytest.fixture(scope="module")
+def char_lm() -> ModuleType:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(EXAMPLES)
+        return importlib.import_module("char_lm")
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For runs inside this process, for the same reason as ENVIRONMENT."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of a run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("finished")
+    run(*TINY, "--iterations", 400, "--output", folder)
+    return folder
+
+
+def test_results(finished: Path) -> None:
+    metrics = json.loads((finished / "metrics.json").read_text())
+    assert [sample["iteration"] for sample in metrics["samples"]] == [100, 300, 400]
+    assert metrics["iterations"] == 400
+    for run in metrics["runs"].values():
+        assert len(run["losses"]) == len(run["step_seconds"]) == 400
+        assert run["losses"][-1] < run["losses"][0] - 1
+        assert run["training_seconds"] == pytest.approx(sum(run["step_seconds"]))
+    picture = matplotlib.image.imread(finished / "curves.png", format="png")
+    assert picture.shape[0] > 400 and picture.shape[1] > 800 and picture.std() > 0.05
+    assert metrics["samples"][0]["text"]["fastrnn"] in (finished / "samples.txt").read_text()
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("cell", ["rnn", "lstm", "gru"])
+def test_same_loss_curve(
+    char_lm: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cell: str, layers: int
+) -> None:
+    """Both curves are as close to the exact one (fp64) as the contract asks of a single operator.
+
+    Rounding grows from step to step through the parameters, for both implementations alike, so the error of
+    torch.nn's own fp32 curve is the measure; no fixed tolerance would hold for every number of steps.
+    """
+    iterations = 40
+    options = (*TINY, "--iterations", iterations, "--cell", cell, "--layers", layers, "--output", tmp_path)
+    monkeypatch.setattr(sys, "argv", command(*options)[1:])
+    assert char_lm.main() == 0
+
+    corpus = char_lm.make_corpus(TEXT, BATCH, SEQUENCE)
+    torch.manual_seed(0)
+    model = char_lm.CharacterModel(cell, len(corpus.vocabulary), HIDDEN, layers).double()
+    exact = char_lm.Trainer(model, char_lm.NextCharacterLoss(corpus.streams, SEQUENCE), lr=2e-3, clip=1.0)
+    for _ in range(iterations):
+        exact.step()
+
+    torch_error, fastrnn_error = (
+        max(abs(a - b) for a, b in zip(curve, exact.losses, strict=True)) for curve in losses(tmp_path)
+    )
+    assert fastrnn_error <= 2 * (torch_error + torch.finfo(torch.float32).eps * max(exact.losses))
+
+
+def test_resume_after_interrupt_is_the_same_run(finished: Path, tmp_path: Path) -> None:
+    options = (*TINY, "--iterations", 400, "--output", tmp_path)
+    with subprocess.Popen(command(*options), env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line.split()[:1] == ["50"]:
+                process.send_signal(signal.SIGINT)
+                break
+        output = process.stdout.read()
+    assert process.returncode == 130
+    assert "Stopped at iteration" in output and "--resume" in output
+    assert not (tmp_path / "metrics.json").exists()
+
+    run(*options, "--resume")
+    assert losses(tmp_path) == losses(finished)
+
+
+def test_resume_of_another_run_is_refused(
+    char_lm: ModuleType, finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for options, message in (
+        (("--iterations", 500, "--lr", 0.5), "the checkpoint was made with lr 0.002, not 0.5"),
+        (("--iterations", 400), "the checkpoint is at iteration 400 already"),
+    ):
+        monkeypatch.setattr(sys, "argv", command(*TINY, "--output", finished, "--resume", *options)[1:])
+        with pytest.raises(SystemExit, match="2"):
+            char_lm.main()
+        printed = capsys.readouterr()
+        assert printed.out == "" and message in printed.err and printed.err.count("\n") == 1
+
+
+def test_one_line_from_the_command_line(tmp_path: Path) -> None:
+    result = subprocess.run(
+        command("--data", tmp_path / "missing"), cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == f"char_lm: error: --data {tmp_path / 'missing'} is not a file or folder\n"
+
+
+BAD_INPUT = {
+    "empty": (("--data", "empty.txt"), "--data empty.txt contains no text"),
+    "binary": (("--data", "picture.png"), "--data picture.png is not UTF-8 text: 'utf-8' codec can't decode byte 0x89"),
+    "null characters": (("--data", "null.txt"), "--data null.txt is not UTF-8 text: it contains null characters"),
+    "folder without text": (("--data", "binaries"), "--data binaries contains no text"),
+    "too short": (("--data", "short.txt"), "--data short.txt is too short: 30 characters, but one batch takes 36"),
+    "output is a file": (("--output", "empty.txt"), "--output empty.txt cannot be written: File exists"),
+    "output inside a file": (("--output", "empty.txt/a"), "--output empty.txt/a cannot be written: Not a directory"),
+    # Not even root may create folders there, while a folder's own permissions do not bind root.
+    "no permission": (("--output", "/sys/fastrnn"), "--output /sys/fastrnn cannot be written:"),
+    "batch": (("--batch", "0"), "argument --batch: must be a positive integer, got '0'"),
+    "clip": (("--clip", "nan"), "argument --clip: must be a number of at least 0, got 'nan'"),
+    "cell": (("--cell", "qrnn"), "argument --cell: invalid choice: 'qrnn'"),
+    "device": (("--device", "gpu"), "--device gpu cannot be used:"),
+    "back end": (("--backend", "fortran"), "--backend"),
+    "nothing to resume": (("--resume", "--output", "new"), "--resume: there is no checkpoint new/checkpoint.pt"),
+    "not a checkpoint": (("--resume", "--output", "damaged"), "is not a checkpoint of this program"),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_INPUT.values(), ids=BAD_INPUT)
+def test_bad_input_gets_one_line(
+    char_lm: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: tuple[str, ...],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty.txt").touch()
+    Path("short.txt").write_text("too short for four streams. " + "\n" * 2)
+    Path("null.txt").write_bytes(b"text\0" * 100)
+    for folder in ("binaries", "damaged"):
+        Path(folder).mkdir()
+    for picture in (Path("picture.png"), Path("binaries/picture.png")):
+        picture.write_bytes(b"\x89PNG\r\n\x1a\n" * 100)
+    Path("damaged/checkpoint.pt").write_bytes(b"not a checkpoint")
+    monkeypatch.setattr(sys, "argv", command(*TINY, "--output", "results", *options)[1:])
+
+    with pytest.raises(SystemExit) as exit_status:
+        char_lm.main()
+
+    assert exit_status.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("char_lm: error: ") and message in printed.err and printed.err.count("\n") == 1
