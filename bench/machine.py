@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,30 @@ def versions() -> dict[str, str]:
     return found
 
 
+class Neighbours:
+    """How much of the CPUs' time other processes, and other guests of the host, take from now on."""
+
+    def __init__(self) -> None:
+        self._start = self._now()
+
+    @staticmethod
+    def _now() -> tuple[float, float] | None:
+        stat = Path("/proc/stat")
+        if not stat.exists():
+            return None
+        user, nice, system, _, _, irq, softirq, steal = map(int, stat.read_text().split()[1:9])
+        busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+        return busy - sum(os.times()[:2]), time.perf_counter()
+
+    def share(self) -> float | None:
+        """Between 0 and 1; None where the system does not tell."""
+        now = self._now()
+        if now is None or self._start is None:
+            return None
+        others, elapsed = (after - before for after, before in zip(now, self._start, strict=True))
+        return max(others, 0.0) / (elapsed * (os.cpu_count() or 1))
+
+
 def native() -> Any | None:
     """fastrnn's compiled module, or None where fastrnn was built without it."""
     from fastrnn.backends import native
@@ -81,4 +106,6 @@ def limits(case: Case) -> dict[str, Callable[[], float]]:
         return {}
     if case.bound == "arithmetic":
         return {"gflops": lambda: module.fma_ceiling(THREADS, 10)}
-    return {"gbytes": lambda: module.stream_bandwidth(case.weight_bytes, THREADS)}
+    if hasattr(module, "stream_bandwidth"):
+        return {"gbytes": lambda: module.stream_bandwidth(case.weight_bytes, THREADS)}
+    return {}

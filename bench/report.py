@@ -29,6 +29,8 @@ NAMES = {
     "loop": "Python loop",
     "compiled_loop": "compiled loop",
 }
+# Rows where others had more than this share of the CPUs are named: torch.nn then takes up to a hundred times longer.
+NEIGHBOURS_ALLOWED = 0.05
 Row = dict[str, Any]
 
 
@@ -104,8 +106,10 @@ def provenance(data: dict[str, Any]) -> str:
     newest = data["runs"][max(data["runs"])]
     packages = ", ".join(f"{name} {version}" for name, version in newest["versions"].items())
     commits = dict.fromkeys(f"{run['commit']} on {id[:10]}" for id, run in data["runs"].items())
+    disturbed = [id for id, row in data["rows"].items() if (row["neighbours"] or 0) > NEIGHBOURS_ALLOWED]
+    warning = f" Other processes took part of the CPU during {', '.join(disturbed)}." if disturbed else ""
     device = f"{newest['device']}, {newest['threads']} threads, {newest['isa']}"
-    return f"{device}; {packages}; measured at {', '.join(commits)}."
+    return f"{device}; {packages}; measured at {', '.join(commits)}.{warning}"
 
 
 def readme_table(files: Sequence[dict[str, Any]]) -> str:

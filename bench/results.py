@@ -1,7 +1,7 @@
 """bench/results/<machine>.json: what was measured, one file per machine.
 
     {"machine": "amd-epyc-2t",
-     "runs": {"2026-11-20T19:40:12Z": {"device", "threads", "isa", "versions", "commit", "load"}},
+     "runs": {"2026-11-20T19:40:12Z": {"device", "threads", "isa", "versions", "commit"}},
      "rows": {"lstm-c-forward-fp32": {"run", "peers": {"torch": {"median", "q20", "q80", "error"}}, ...}}}
 
 Merging: a row replaces the row of the same id, whole, so that all its ratios come from one run; all other rows stay.

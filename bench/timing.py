@@ -13,9 +13,9 @@ from bench.registry import Case
 
 Call = Callable[[], Any]
 
-# Untimed calls that start each turn: thread pools of the contender before spin on for milliseconds after their last
-# call, and a worker of libgomp that has slept 20 ms needs up to 8 ms to come back.
-SETTLE_SECONDS = 0.010
+# Untimed calls that start each turn: the pools of the contender before go on spinning after their last call, libgomp's
+# for 8 ms and ONNX Runtime's for 30 ms, meanwhile OpenVINO takes 1.7 times its time (LSTM a, 2 cores).
+SETTLE_SECONDS = 0.040
 # One timed turn makes as many calls as fill this, at least one.
 TURN_SECONDS = 0.010
 MIN_ROUNDS, MAX_ROUNDS = 7, 40
@@ -94,6 +94,7 @@ def make_row(
     rates: Mapping[str, list[float]],
     errors: Mapping[str, float],
     left_out: Mapping[str, str],
+    neighbours: float | None,
 ) -> dict[str, Any]:
     """One row of the results file: medians in milliseconds, ratios of medians, the rate and the machine's limit."""
     medians = {name: statistics.median(samples) for name, samples in times.items()}
@@ -107,6 +108,7 @@ def make_row(
         },
         "ratios": {name: _digits(median / ours) for name, median in medians.items() if name != "fastrnn"},
         "left_out": dict(left_out),
+        "neighbours": None if neighbours is None else round(neighbours, 3),
     }
     work = {"arithmetic": ("gflops", case.flops), "weights": ("gbytes", case.streamed_bytes)}
     if case.bound in work:

@@ -4,10 +4,12 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <memory>
 #include <numeric>
 
 #include "build_info.h"
 #include "cpu/dispatch.h"
+#include "cpu/memory.h"
 #include "cpu/threads.h"
 #include "cuda/device_query.h"
 
@@ -21,6 +23,13 @@ template <class T = float>
 T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
+
+// Pooled memory that a tensor can be laid over.
+struct Workspace {
+  explicit Workspace(int64_t floats_in) : floats(floats_in), memory(floats_in) {}
+  const int64_t floats;
+  const Scratch memory;
+};
 
 // A weight in the panels of the kernels, forward and backward, kept between calls.
 class PackedWeight {
@@ -219,10 +228,14 @@ PYBIND11_MODULE(_C, m) {
   m.def("checksum", [](uintptr_t data, int64_t size, int threads) {
     return kernels().checksum(pointer(data), size, threads);
   });
+  m.def("lanes", [] { return kernels().lanes; });
   m.def("saved_size", [](int cell, int64_t rows, int64_t hidden_size) {
     return kernels().saved_size(static_cast<Cell>(cell), rows, hidden_size);
   });
 
+  py::class_<Workspace>(m, "Workspace", py::buffer_protocol())
+      .def(py::init<int64_t>())
+      .def_buffer([](Workspace& w) { return py::buffer_info(w.memory.data(), w.floats); });
   py::class_<PackedWeight>(m, "PackedWeight")
       .def(py::init<int, int64_t, int64_t, bool>())
       .def("prepare", &PackedWeight::prepare);

@@ -2,6 +2,10 @@
 
 import itertools
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,19 +14,19 @@ import torch
 from bench import check, machine, peers, registry, report, results, timing
 
 LSTM, STEP = registry.Case("lstm", "c", "forward"), registry.Case("gru", "step1", "step")
-RUN = {"device": "Some CPU", "threads": 2, "isa": "avx2", "versions": {"torch": "2.13.0"}, "commit": "abc", "load": 0.1}
+RUN = {"device": "Some CPU", "threads": 2, "isa": "avx2", "versions": {"torch": "2.13.0"}, "commit": "abc"}
 
 
-def row(case: registry.Case, ours: float = 0.010, torch: float = 0.013) -> dict:
+def row(case: registry.Case, ours: float = 0.010, torch: float = 0.013, neighbours: float | None = 0.01) -> dict:
     times = {"fastrnn": [ours] * 7, "torch": [torch] * 7}
     rates = {"gflops": [540.0] * 7} if case.bound == "arithmetic" else {}
-    return timing.make_row(case, times, rates, dict.fromkeys(times, 1e-7), {"jax": "not installed: jax"})
+    return timing.make_row(case, times, rates, dict.fromkeys(times, 1e-7), {"jax": "not installed: jax"}, neighbours)
 
 
-def measured(*cases: registry.Case, run_id: str = "2026-11-20T10:00:00Z", **times: float) -> dict:
+def measured(*cases: registry.Case, run_id: str = "2026-11-20T10:00:00Z", **figures: float | None) -> dict:
     data = {"machine": "some-cpu-2t", "runs": {}, "rows": {}}
     for case in cases:
-        data = results.merge(data, run_id, RUN, case, row(case, **times))
+        data = results.merge(data, run_id, RUN, case, row(case, **figures))
     return data
 
 
@@ -85,6 +89,26 @@ def test_merging_replaces_whole_rows_and_drops_what_nothing_names():
     assert "abc on 2026-11-20, def on 2026-11-21" in report.provenance(merged)
     merged = results.merge(merged, "2026-11-21T10:00:00Z", RUN | {"commit": "def"}, STEP, row(STEP))
     assert list(merged["runs"]) == ["2026-11-21T10:00:00Z"]
+
+
+def test_disturbed_rows_are_named():
+    assert "Other processes" not in report.provenance(measured(LSTM, neighbours=None))
+    assert report.provenance(measured(LSTM, neighbours=0.3)).endswith("of the CPU during lstm-c-forward-fp32.")
+
+
+def test_neighbours_are_seen():
+    alone = machine.Neighbours()
+    if alone.share() is None:
+        pytest.skip("no /proc/stat")
+    others = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        seen = machine.Neighbours()
+        time.sleep(1.0)
+        share = seen.share()
+    finally:
+        others.kill()
+        others.wait()
+    assert 0.2 / os.cpu_count() < share <= 1.05
 
 
 def test_compare(tmp_path, capsys):

@@ -109,7 +109,7 @@ class Backward {
     return larger(rows, 1);
   }
 
-  int64_t product_floats() const { return larger(problem_.batch, 4) * kColumns; }
+  int64_t product_floats() const { return larger(problem_.batch, kFewRows * kGroup) * kColumns; }
 
   struct Slot {
     const Backward& f;
@@ -142,7 +142,7 @@ class Backward {
              problem.resets[time(s) * problem.reset_stride_t + entry(i) * problem.reset_stride_b];
     }
     float* carry_at(int64_t i) const { return f.carry_.data() + i * f.state_stride_; }
-    void wait() const { f.barrier_.wait(end - begin); }
+    void wait() const { f.barrier_.wait(begin, end); }
 
     void run() {
       pass_through();
@@ -196,29 +196,25 @@ class Backward {
       if (from >= last) return;
       const bool needed = s >= 0 || args.dh0 || args.dc0;
       if (!needed) return;
-      for (int64_t p = p0; p < p1;) {
-        const int64_t taken = multiply(p, from, coming, next);
-        for (int64_t q = 0; q < taken; ++q)
-          finish(s, p + q, from, coming, last, product + q * larger(0, coming - from) * kColumns, current);
-        p += taken;
+      const int64_t rows = larger(0, coming - from), group = last - from <= kFewRows ? kGroup : 1;
+      if (rows <= kFewRows)
+        prefetch_rows(next + from * f.gradient_stride_, f.gradient_stride_, rows, kGates * problem.hidden_size);
+      for (int64_t p = p0; p < p1; p += group) {
+        const int64_t count = smaller(group, p1 - p);
+        for (int64_t q = 0; q < count;)
+          q += multiply(p + q, p + count, from, coming, next, product + q * rows * kColumns);
+        for (int64_t q = 0; q < count; ++q)
+          finish(s, p + q, from, coming, last, product + q * rows * kColumns, current);
       }
     }
 
-    // product[panel][row][kColumns] = dG_{s+1} W_hh; returns the panels taken.
-    int64_t multiply(int64_t p, int64_t from, int64_t to, const float* next) const {
+    // out[panel][row][kColumns] = dG_{s+1} W_hh for panel p, or two panels below `limit`; returns how many.
+    int64_t multiply(int64_t p, int64_t limit, int64_t from, int64_t to, const float* next, float* out) const {
       const int64_t rows = to - from, k_size = kGates * problem.hidden_size, panel_stride = k_size * kColumns;
       if (rows <= 0) return 1;
       const float *a = next + from * f.gradient_stride_, *b = args.weight_hh + p * panel_stride;
-      if (rows == 1 && p + 4 <= p1) {
-        tile_call<1, 2, 4, false>(k_size, a, f.gradient_stride_, b, kColumns, panel_stride, false, product, kColumns,
-                                  kColumns);
-        return 4;
-      }
-      if (rows <= 3 && p + 2 <= p1) {
-        auto call = rows == 1   ? tile_call<1, 2, 2, false>
-                    : rows == 2 ? tile_call<2, 2, 2, false>
-                                : tile_call<3, 2, 2, false>;
-        call(k_size, a, f.gradient_stride_, b, kColumns, panel_stride, false, product, kColumns, rows * kColumns);
+      if (panels_at_once<2>(rows) == 2 && p + 2 <= limit) {
+        two_panels<2>(rows, k_size, a, f.gradient_stride_, b, panel_stride, out);
         return 2;
       }
       const RowTiles tiles(rows, kTile);
@@ -226,7 +222,7 @@ class Backward {
         for (int64_t i = 0; i < tiles.count; ++i)
           tile_rows<2, false>(tiles.begin(i + 1) - tiles.begin(i), smaller(kDepth, k_size - k),
                               a + tiles.begin(i) * f.gradient_stride_ + k, f.gradient_stride_, b + k * kColumns,
-                              kColumns, k > 0, product + tiles.begin(i) * kColumns, kColumns);
+                              kColumns, k > 0, out + tiles.begin(i) * kColumns, kColumns);
       return 1;
     }
 

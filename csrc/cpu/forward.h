@@ -11,6 +11,9 @@ namespace {
 constexpr int64_t kChunkRows = 128;
 constexpr int64_t kDepth = 1024;  // K per pass over a panel, so that it stays in L2
 
+// With at most kFewRows rows the pointwise part waits for kGroup panels.
+constexpr int64_t kFewRows = 2, kGroup = 8;
+
 // How the work of a call is dealt out: by hidden units (a barrier each step), or, where there are too few of them, by
 // rows of the batch (no barrier).
 struct Deal {
@@ -66,14 +69,14 @@ class Forward {
     const Forward& f;
     const Problem& problem;
     const ForwardArgs& args;
-    int64_t weight;                // slots that this thread stands for
-    int64_t p0, p1, r0, r1;        // its panels and rows
+    const int64_t begin, end;  // the slots that this thread stands for
+    int64_t p0, p1, r0, r1;    // its panels and rows
     float *gates_x, *bias, *bias_hn, *x_rows;
     int64_t chunk_rows = 0;              // rows that the last projection filled
     int64_t local_base[kChunkRows + 1];  // rows of the chunk before each of its steps, in memory order
 
-    Slot(const Forward& forward, int64_t begin, int64_t end)
-        : f(forward), problem(forward.problem_), args(forward.args_), weight(end - begin) {
+    Slot(const Forward& forward, int64_t begin_in, int64_t end_in)
+        : f(forward), problem(forward.problem_), args(forward.args_), begin(begin_in), end(end_in) {
       const int64_t slots = f.deal_.slots;
       const bool by_rows = f.deal_.by_rows;
       p0 = by_rows ? 0 : f.panels_ * begin / slots;
@@ -106,29 +109,29 @@ class Forward {
       join(0, r0, active(time(0)));
       wait();
       for (int64_t s = 0; s < problem.steps;) {
-        const int64_t end = chunk_end(s);
-        const int64_t rows = layout(s, end);
+        const int64_t stop = chunk_end(s);
+        const int64_t rows = layout(s, stop);
         if (rows <= f.block_rows_) {
-          project(s, end, r0, rows);
-          for (int64_t step = s; step < end; ++step) {
+          project(s, stop, r0, rows);
+          for (int64_t step = s; step < stop; ++step) {
             const int64_t t = time(step);
-            recur(step, r0, active(t), local_base[t - smaller(time(s), time(end - 1))]);
+            recur(step, r0, active(t), local_base[t - smaller(time(s), time(stop - 1))]);
             finish_step(step);
           }
         } else {  // a single step with many rows
           for (int64_t i = r0; i < active(time(s)); i += f.block_rows_) {
             const int64_t last = smaller(active(time(s)), i + f.block_rows_);
-            project(s, end, i, last - i);
+            project(s, stop, i, last - i);
             recur(s, i, last, 0);
           }
           finish_step(s);
         }
-        s = end;
+        s = stop;
       }
     }
 
     void wait() const {
-      if (!f.deal_.by_rows) f.barrier_.wait(weight);
+      if (!f.deal_.by_rows) f.barrier_.wait(begin, end);
     }
 
     void finish_step(int64_t s) {
@@ -173,24 +176,24 @@ class Forward {
     }
 
     int64_t chunk_end(int64_t s) const {
-      int64_t rows = active(time(s)) - r0, end = s + 1;
-      while (end < problem.steps && end - s < kChunkRows) {
-        rows += larger(0, active(time(end)) - r0);
+      int64_t rows = active(time(s)) - r0, stop = s + 1;
+      while (stop < problem.steps && stop - s < kChunkRows) {
+        rows += larger(0, active(time(stop)) - r0);
         if (rows > f.block_rows_) break;
-        ++end;
+        ++stop;
       }
-      return end;
+      return stop;
     }
 
-    // Fills local_base for the steps [s, end), which lie in memory order from the earliest t; returns the rows.
-    int64_t layout(int64_t s, int64_t end) {
-      const int64_t t0 = smaller(time(s), time(end - 1));
+    // Fills local_base for the steps [s, stop), which lie in memory order from the earliest t; returns the rows.
+    int64_t layout(int64_t s, int64_t stop) {
+      const int64_t t0 = smaller(time(s), time(stop - 1));
       int64_t rows = 0;
-      for (int64_t k = 0; k < end - s; ++k) {
+      for (int64_t k = 0; k < stop - s; ++k) {
         local_base[k] = rows;
         rows += larger(0, active(t0 + k) - r0);
       }
-      local_base[end - s] = rows;
+      local_base[stop - s] = rows;
       return rows;
     }
 
@@ -210,25 +213,25 @@ class Forward {
           }
     }
 
-    // gates_x of the rows of steps [s, end) from row i0 on, panel by panel: x W_ih^T + b.
-    void project(int64_t s, int64_t end, int64_t i0, int64_t rows) {
-      const int64_t t0 = smaller(time(s), time(end - 1)), size = problem.input_size;
+    // gates_x of the rows of steps [s, stop) from row i0 on, panel by panel: x W_ih^T + b.
+    void project(int64_t s, int64_t stop, int64_t i0, int64_t rows) {
+      const int64_t t0 = smaller(time(s), time(stop - 1)), size = problem.input_size;
       chunk_rows = rows;
       const int64_t width = args.weight_ih ? size : P::kGates * problem.hidden_size;
       const float* a = args.x + args.x_rows.offset[t0] + i0 * args.x_rows.stride;
       int64_t lda = args.x_rows.stride;
-      bool uniform = !problem.order && (r0 == 0 || end - s == 1);
-      for (int64_t k = 0; uniform && k + 1 < end - s; ++k)
+      bool uniform = !problem.order && (r0 == 0 || stop - s == 1);
+      for (int64_t k = 0; uniform && k + 1 < stop - s; ++k)
         uniform = args.x_rows.offset[t0 + k + 1] - args.x_rows.offset[t0 + k] ==
                   (local_base[k + 1] - local_base[k]) * lda;
 
       if (!args.weight_ih) {
-        for_rows(t0, end - s, i0, rows, [&](int64_t row, const float* from) { copy_gates(row, from); });
+        for_rows(t0, stop - s, i0, rows, [&](int64_t row, const float* from) { copy_gates(row, from); });
         return;
       }
       if (!uniform) {
         lda = padded(size);
-        for_rows(t0, end - s, i0, rows,
+        for_rows(t0, stop - s, i0, rows,
                  [&](int64_t row, const float* from) { __builtin_memcpy(x_rows + row * lda, from, width * 4); });
         a = x_rows;
       }
@@ -267,37 +270,40 @@ class Forward {
     }
 
     // Step s for rows [from, to), whose input parts start at row `base` of the current chunk.
-    void recur(int64_t s, int64_t from, int64_t to, int64_t base) {
-      if (from >= to) return;
+    void recur(int64_t s, int64_t from, int64_t to, int64_t base) const {
+      auto x_part = [&](int64_t p, int64_t row) { return gates_x + ((p - p0) * chunk_rows + base + row) * P::kWidth; };
+      if (to - from <= kFewRows) {
+        // The chain of activations is long: with few rows it must overlap across panels (0.6 -> 0.2 us a step).
+        alignas(64) float product[kFewRows * kGroup * P::kWidth];
+        const int64_t rows = to - from;
+        if (rows <= 0) return;
+        prefetch_rows(h_at(s, from), f.h_stride_, rows, problem.hidden_size);
+        for (int64_t p = p0; p < p1; p += kGroup) {
+          const int64_t count = smaller(kGroup, p1 - p);
+          for (int64_t q = 0; q < count;)
+            q += multiply(s, p + q, p + count, from, rows, product + q * rows * P::kWidth);
+          for (int64_t q = 0; q < count; ++q)
+            finish(s, p + q, from, rows, product + q * rows * P::kWidth, x_part(p + q, 0));
+        }
+        return;
+      }
       const RowTiles tiles(to - from, kMaxRows);
-      for (int64_t p = p0; p < p1;) {
-        int64_t taken = 1;
+      for (int64_t p = p0; p < p1; ++p)
         for (int64_t i = 0; i < tiles.count; ++i) {
           const int64_t row = tiles.begin(i), rows = tiles.begin(i + 1) - row;
           alignas(64) float product[kMaxRows * P::kWidth];
-          taken = multiply(s, p, from + row, rows, product);
-          for (int64_t q = 0; q < taken; ++q)
-            finish(s, p + q, from + row, rows, product + q * rows * P::kWidth,
-                   gates_x + ((p + q - p0) * chunk_rows + base + row) * P::kWidth);
+          multiply(s, p, p + 1, from + row, rows, product);
+          finish(s, p, from + row, rows, product, x_part(p, row));
         }
-        p += taken;
-      }
     }
 
-    // product[panel][row][kWidth] = h W_hh^T for `rows` rows and one panel or, with few rows, several; returns how many.
-    int64_t multiply(int64_t s, int64_t p, int64_t i, int64_t rows, float* product) const {
+    // product[panel][row][kWidth] = h W_hh^T for `rows` rows and panel p, or two panels below `limit`; returns how many.
+    int64_t multiply(int64_t s, int64_t p, int64_t limit, int64_t i, int64_t rows, float* product) const {
       const int64_t k_size = problem.hidden_size, panel_stride = k_size * P::kWidth;
       const float *a = h_at(s, i), *b = args.weight_hh + p * panel_stride;
-      if (rows == 1 && p + panels_at_once<P::NV>(1) <= p1) {
-        constexpr int NP = panels_at_once<P::NV>(1);
-        tile_call<1, P::NV, NP, false>(k_size, a, f.h_stride_, b, P::kWidth, panel_stride, false, product, P::kWidth,
-                                       P::kWidth);
-        return NP;
-      }
-      if constexpr (panels_at_once<P::NV>(2) > 1) {
-        if (rows == 2 && p + 2 <= p1) {
-          tile_call<2, P::NV, 2, false>(k_size, a, f.h_stride_, b, P::kWidth, panel_stride, false, product, P::kWidth,
-                                        2 * P::kWidth);
+      if constexpr (panels_at_once<P::NV>(1) == 2) {
+        if (panels_at_once<P::NV>(rows) == 2 && p + 2 <= limit) {
+          two_panels<P::NV>(rows, k_size, a, f.h_stride_, b, panel_stride, product);
           return 2;
         }
       }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/gemm.h"
+#include "cpu/memory.h"
 #include "cpu/recurrence.h"
 #include "cpu/threads.h"
 

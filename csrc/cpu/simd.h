@@ -3,6 +3,9 @@
 // for one instruction set can be linked in for another.
 #pragma once
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 #include <stdint.h>
 
 namespace fastrnn {
@@ -16,6 +19,9 @@ typedef float VecUnaligned __attribute__((vector_size(FASTRNN_LANES * 4), aligne
 
 inline __attribute__((always_inline)) Vec load(const float* p) { return *reinterpret_cast<const VecUnaligned*>(p); }
 inline __attribute__((always_inline)) void store(float* p, Vec v) { *reinterpret_cast<VecUnaligned*>(p) = v; }
+
+// value - 0 and not value + 0, which would be an addition: it turns -0 into +0.
+inline __attribute__((always_inline)) Vec splat(float value) { return value - Vec{}; }
 
 // The first `count` lanes; the others are zero. Full vectors take the fast path.
 inline __attribute__((always_inline)) Vec load(const float* p, int64_t count) {
@@ -36,42 +42,55 @@ inline __attribute__((always_inline)) void store(float* p, Vec v, int64_t count)
 inline __attribute__((always_inline)) VecInt bits(Vec v) { return reinterpret_cast<VecInt>(v); }
 inline __attribute__((always_inline)) Vec from_bits(VecInt v) { return reinterpret_cast<Vec>(v); }
 
+// The smaller and the larger of a limit and x; NaN in x passes through.
+inline __attribute__((always_inline)) Vec at_most(float limit, Vec x) {
+#if defined(__AVX512F__)
+  return _mm512_min_ps(splat(limit), x);
+#elif defined(__AVX2__)
+  return _mm256_min_ps(splat(limit), x);
+#else
+  return x > limit ? splat(limit) : x;
+#endif
+}
+
+inline __attribute__((always_inline)) Vec at_least(float limit, Vec x) {
+#if defined(__AVX512F__)
+  return _mm512_max_ps(splat(limit), x);
+#elif defined(__AVX2__)
+  return _mm256_max_ps(splat(limit), x);
+#else
+  return x < limit ? splat(limit) : x;
+#endif
+}
+
 struct Reduced {
   Vec scale;      // 2^n
   Vec remainder;  // exp(r) - 1, where x = n ln 2 + r and |r| <= ln 2 / 2
 };
 
-// x must lie within [-87, 88]. The polynomial is the minimax one of Cephes' expf (Moshier 1992).
+// x must lie within [-87, 88]. ln 2 as one float is 1.9e-9 off: n * 1.9e-9 relative, below an ulp of exp for |x| < 40.
+// The polynomial is a minimax fit (Lawson's iteration) of exp(r) with a relative error of 3.1e-9.
 inline __attribute__((always_inline)) Reduced reduce_exp(Vec x) {
   const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low mantissa bits
   const Vec shifted = x * 1.44269504088896341f + magic;
-  const Vec n = shifted - magic;
-  Vec r = x - n * 0.693359375f;
-  r = r + n * 2.12194440e-4f;
-  Vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
+  const Vec r = x - (shifted - magic) * 0.69314718055994531f;
+  Vec p = r * 0.0013814540579915047f + 0.00836874544620514f;
+  p = p * r + 0.04166838899254799f;
+  p = p * r + 0.1666652113199234f;
+  p = p * r + 0.4999999403953552f;
   return {from_bits((bits(shifted) << 23) + 0x3f800000), p * (r * r) + r};
 }
 
-// The comparisons keep NaN: it fails them and passes through unchanged.
 inline __attribute__((always_inline)) Vec sigmoid(Vec x) {
-  Vec y = -x;
-  y = y > 87.0f ? Vec{} + 87.0f : y;
-  y = y < -87.0f ? Vec{} - 87.0f : y;
-  const Reduced e = reduce_exp(y);
-  return 1.0f / (1.0f + (e.scale * e.remainder + e.scale));
+  const Reduced e = reduce_exp(at_least(-87.0f, at_most(87.0f, -x)));
+  return 1.0f / (e.scale * e.remainder + (e.scale + 1.0f));
 }
 
 // By expm1, so that small arguments keep their relative accuracy: tanh |x| = m / (m + 2), m = exp(2|x|) - 1.
 inline __attribute__((always_inline)) Vec tanh(Vec x) {
   const VecInt sign = bits(x) & static_cast<int32_t>(0x80000000u);
-  Vec y = from_bits(bits(x) ^ sign);
-  y = y + y;
-  y = y > 20.0f ? Vec{} + 20.0f : y;
-  const Reduced e = reduce_exp(y);
+  const Vec y = from_bits(bits(x) ^ sign);
+  const Reduced e = reduce_exp(at_most(20.0f, y + y));
   const Vec m = e.scale * e.remainder + (e.scale - 1.0f);
   return from_bits(bits(m / (m + 2.0f)) | sign);
 }

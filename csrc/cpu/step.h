@@ -214,7 +214,7 @@ void step_backward(const Problem& problem, const StepBackwardArgs& args, int thr
   on_team(slots, [&](int64_t begin, int64_t end) {
     for (int64_t v = vectors * begin / slots; v < vectors * end / slots; ++v)
       step_gradients<cell>(problem, args, v * kLanes, gradients, stride);
-    barrier.wait(end - begin);
+    barrier.wait(begin, end);
 
     const float* for_input = gradients + (kGru ? hidden : 0);
     auto share = [&](int64_t columns, int64_t slot) {  // in whole vectors, so that no two threads share a line

@@ -3,9 +3,6 @@
 #include <sched.h>
 #include <time.h>
 
-#include <cstdlib>
-#include <new>
-
 namespace fastrnn::cpu {
 
 namespace {
@@ -36,31 +33,26 @@ double now_seconds() {
   return now.tv_sec + now.tv_nsec * 1e-9;
 }
 
-void Barrier::wait(int64_t weight) {
-  const int64_t epoch = __atomic_load_n(&epoch_, __ATOMIC_RELAXED);
-  if (__atomic_add_fetch(&arrived_, weight, __ATOMIC_ACQ_REL) == slots_) {
-    __atomic_store_n(&arrived_, 0, __ATOMIC_RELAXED);
-    __atomic_store_n(&epoch_, epoch + 1, __ATOMIC_RELEASE);
-    return;
-  }
+Barrier::Barrier(int64_t slots) : slots_(slots) {
+  for (int64_t i = 0; i < slots; ++i) lines_[i].epoch = 0;
+}
+
+void Barrier::wait(int64_t begin, int64_t end) {
+  const int64_t epoch = lines_[begin].epoch + 1;
+  for (int64_t i = begin; i < end; ++i) __atomic_store_n(&lines_[i].epoch, epoch, __ATOMIC_RELEASE);
   // In the first wait the other thread may still have to wake up, on this very core: yield soon. Later a core that is
   // shared with other programs must not be burnt either (pure spinning: 5 to 16 times slower there).
-  int spins = epoch == 0 ? 200 : 4000;
-  while (__atomic_load_n(&epoch_, __ATOMIC_ACQUIRE) == epoch) {
-    if (spins > 0) {
-      --spins;
-      pause();
-    } else {
-      sched_yield();
+  int spins = epoch == 1 ? 200 : 4000;
+  for (int64_t i = 0; i < slots_; ++i) {
+    while (__atomic_load_n(&lines_[i].epoch, __ATOMIC_ACQUIRE) < epoch) {
+      if (spins > 0) {
+        --spins;
+        pause();
+      } else {
+        sched_yield();
+      }
     }
   }
 }
-
-Scratch::Scratch(int64_t floats) {
-  data_ = static_cast<float*>(std::aligned_alloc(64, (floats * sizeof(float) + 127) / 64 * 64));
-  if (data_ == nullptr) throw std::bad_alloc();
-}
-
-Scratch::~Scratch() { std::free(data_); }
 
 }  // namespace fastrnn::cpu

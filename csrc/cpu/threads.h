@@ -17,29 +17,22 @@ void run_team(int64_t slots, void (*body)(int64_t, int64_t, void*), void* contex
 
 double now_seconds();
 
-// All slots of a team wait for each other; a thread that stands for several slots arrives with that weight.
+constexpr int64_t kMaxSlots = 128;
+
+// All slots of a team wait for each other. Each has a line of its own to raise and reads the others': one transfer between
+// cores, where a shared counter takes two.
 class Barrier {
  public:
-  explicit Barrier(int64_t slots) : slots_(slots) {}
-  void wait(int64_t weight);
+  explicit Barrier(int64_t slots);
+  // For a thread that stands for the slots [begin, end).
+  void wait(int64_t begin, int64_t end);
 
  private:
+  struct alignas(64) Line {
+    int64_t epoch;
+  };
   const int64_t slots_;
-  alignas(64) int64_t arrived_ = 0;
-  alignas(64) int64_t epoch_ = 0;
-};
-
-// 64-byte aligned memory without constructors; null when there is none left.
-class Scratch {
- public:
-  explicit Scratch(int64_t floats);
-  ~Scratch();
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  float* data() const { return data_; }
-
- private:
-  float* data_;
+  Line lines_[kMaxSlots];
 };
 
 }  // namespace fastrnn::cpu

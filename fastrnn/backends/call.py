@@ -36,6 +36,7 @@ class RecurrenceCall:
     layer_norm_c: Norm | None = None  # [H]
     reset_after: bool = True
     reverse: bool = False
+    return_cell_states: bool = False  # every c_t [T, B, H] as well (LSTM)
 
     def tensors(self) -> dict[str, Tensor]:
         """The floating tensors that are given, by name."""
@@ -66,5 +67,6 @@ class RecurrenceCall:
             "layer_norm": self.layer_norm_hh is not None or self.layer_norm_ih is not None,
             "layer_norm_c": self.layer_norm_c is not None,
             "reset_after=False": not self.reset_after,
+            "return_cell_states": self.return_cell_states,
         }
         return [name for name, used in given.items() if used]

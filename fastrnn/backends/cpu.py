@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
+import torch.utils.deterministic
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -62,6 +64,17 @@ def new_like_rows(x: Tensor, columns: int) -> Tensor:
     if batch > 1 and steps > 1 and x.stride(0) < x.stride(1):
         return x.new_empty(batch, steps, columns).transpose(0, 1)
     return x.new_empty(steps, batch, columns)
+
+
+def workspace(like: Tensor, shape: tuple[int, ...], stride: tuple[int, ...] | None = None) -> Tensor:
+    """An uninitialised tensor for internal use over pooled memory, where fresh pages would cost more than the work."""
+    size = math.prod(shape)
+    if size == 0:
+        return like.new_empty(shape)
+    flat = torch.frombuffer(native.load().Workspace(size), dtype=torch.float32)  # type: ignore[union-attr]
+    if torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory:
+        flat.fill_(math.nan)
+    return flat.view(shape) if stride is None else flat.as_strided(shape, stride)
 
 
 def _layout(
@@ -140,8 +153,8 @@ def forward(
     y = new_like_rows(x, hidden)
     h_n = x.new_empty(batch, hidden)
     c_n = x.new_empty((batch, hidden) if cell == "lstm" else 0)
-    saved = x.new_empty(library.saved_size(CELL_INDEX[cell], rows, hidden) if save else 0)
-    c_all = new_like_rows(x, hidden) if save and cell == "lstm" else x.new_empty(0)
+    saved = workspace(x, (library.saved_size(CELL_INDEX[cell], rows, hidden) if save else 0,))
+    c_all = workspace(x, y.shape, y.stride()) if save and cell == "lstm" else x.new_empty(0)
     # Without gradients the weights usually stand still, so that a checksum is worth its time; training changes them.
     reuse = not save
     bias_ih, bias_hh, h0, c0 = (None if t is None else t.contiguous() for t in (bias_ih, bias_hh, h0, c0))
@@ -210,22 +223,10 @@ def backward(
     gates = weight_hh.shape[0] // hidden
     lstm = cell == "lstm"
     x = _with_unit_stride(x)
+    batch = x.shape[1] if batch_sizes is None else int(batch_sizes[0])
+    gradients = _new_gradients(x, weight_hh, batch, needs)
     dy = None if dy is None else _with_unit_stride(dy)
     dh_n, dc_n, h0, c0 = (None if t is None else t.contiguous() for t in (dh_n, dc_n, h0, c0))
-    batch = x.shape[1] if batch_sizes is None else int(batch_sizes[0]) if len(batch_sizes) else 0
-    state = (batch, hidden)
-    shapes: list[tuple[int, ...]] = [
-        (),
-        (gates * hidden, x.shape[-1]),
-        (gates * hidden, hidden),
-        (gates * hidden,),
-        (gates * hidden,),
-        state,
-        state,
-    ]
-    gradients = [x.new_empty(shape) if need else None for shape, need in zip(shapes, needs, strict=True)]
-    if needs[0]:
-        gradients[0] = new_like_rows(x, x.shape[-1])
     dx, dh0, dc0 = gradients[0], gradients[5], gradients[6]
     threads = torch.get_num_threads()
 
@@ -276,4 +277,78 @@ def backward(
             *map(_address, gradients[1:]),
             threads,
         )
+    return tuple(x.new_empty(0) if gradient is None else gradient for gradient in gradients)
+
+
+def _new_gradients(x: Tensor, weight_hh: Tensor, batch: int, needs: list[bool]) -> list[Tensor | None]:
+    """Empty gradients of x, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0; None where `needs` is False."""
+    rows, hidden = weight_hh.shape
+    inputs = x.shape[-1]
+    shapes = [(rows, inputs), (rows, hidden), (rows,), (rows,), (batch, hidden), (batch, hidden)]
+    rest = [x.new_empty(shape) if need else None for shape, need in zip(shapes, needs[1:], strict=True)]
+    return [new_like_rows(x, inputs) if needs[0] else None, *rest]
+
+
+def fake_forward(
+    cell: str,
+    x: Tensor,
+    weight_ih: Tensor | None,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    lengths: Tensor | None,
+    batch_sizes: Tensor | None,
+    resets: Tensor | None,
+    reverse: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Shapes, strides and dtypes of `forward`, for tracing."""
+    library: Any = native.load()
+    hidden = weight_hh.shape[1]
+    x = _with_unit_stride(x)
+    if batch_sizes is None:
+        batch, rows = x.shape[1], x.shape[0] * x.shape[1]
+    else:
+        batch = torch.library.get_ctx().new_dynamic_size() if h0 is None else h0.shape[0]
+        rows = x.shape[0]
+    lanes = library.lanes()
+    kept_per_unit = {"lstm": 4, "gru": 4}.get(cell, 0)
+    y = new_like_rows(x, hidden)
+    return (
+        y,
+        x.new_empty(batch, hidden),
+        x.new_empty((batch, hidden) if cell == "lstm" else 0),
+        x.new_empty(rows * (-(-hidden // lanes)) * kept_per_unit * lanes if save else 0),
+        new_like_rows(x, hidden) if save and cell == "lstm" else x.new_empty(0),
+    )
+
+
+def fake_backward(
+    cell: str,
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    x: Tensor,
+    weight_ih: Tensor | None,
+    weight_hh: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    lengths: Tensor | None,
+    batch_sizes: Tensor | None,
+    resets: Tensor | None,
+    reverse: bool,
+    y: Tensor,
+    saved: Tensor,
+    c_all: Tensor,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    """Shapes, strides and dtypes of `backward`, for tracing."""
+    x = _with_unit_stride(x)
+    if batch_sizes is None:
+        batch = x.shape[1]
+    else:
+        batch = h0.shape[0] if h0 is not None else torch.library.get_ctx().new_dynamic_size()
+    gradients = _new_gradients(x, weight_hh, batch, needs)
     return tuple(x.new_empty(0) if gradient is None else gradient for gradient in gradients)

@@ -84,7 +84,7 @@ def recurrence(
         reset_after=reset_after,
         reverse=reverse,
     )
-    return run(check(call), backend)
+    return run_on(check(call), backends.choose(call, backend))[:3]
 
 
 def recurrent_layer(
@@ -144,7 +144,7 @@ def recurrent_layer(
         reset_after,
         reverse,
     )
-    return run(check(call), backend)
+    return run_on(check(call), backends.choose(call, backend))[:3]
 
 
 def check(call: RecurrenceCall) -> RecurrenceCall:
@@ -253,13 +253,12 @@ def _check_options(call: RecurrenceCall, batch: int) -> None:
             raise ValueError(f"resets must be on {call.x.device}, got {resets.device}")
 
 
-def run(call: RecurrenceCall, backend: str) -> Result:
-    """The call on the chosen back end."""
-    picked = backends.choose(call, backend)
+def run_on(call: RecurrenceCall, picked: str) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """A checked call on the back end that `backends.choose` has picked: y, h_n, c_n, every c_t (where asked for)."""
     if picked == "aten":
-        return aten.run(call)[:3]
+        return aten.run(call)
     if picked == "reference":
-        return reference.run(call)[:3]
+        return reference.run(call)
     lengths = None if call.lengths is None else call.lengths.to("cpu", torch.int64).contiguous()
     batch_sizes = None if call.batch_sizes is None else call.batch_sizes.contiguous()
     inputs = (call.x, call.weight_ih, call.weight_hh, call.bias_ih, call.bias_hh, call.h0, call.c0)
@@ -268,7 +267,7 @@ def run(call: RecurrenceCall, backend: str) -> Result:
         y, h_n, c_n = _Recurrence.apply(call.cell, call.reverse, *inputs, *others)
     else:
         y, h_n, c_n, _, _ = _forward(call.cell, *inputs, *others, call.reverse, False)
-    return y, h_n, c_n if call.cell == "lstm" else None
+    return y, h_n, c_n if call.cell == "lstm" else None, None
 
 
 def _use_registered_op() -> bool:
@@ -290,7 +289,8 @@ class _Recurrence(torch.autograd.Function):
         y, h_n, c_n, saved, c_all = _forward(cell, *tensors, reverse, True)
         ctx.cell, ctx.reverse = cell, reverse
         # A copy of y, so that the caller may work on y in place as with torch.nn (0.2 % of a training step).
-        ctx.save_for_backward(*tensors, y.clone(), saved, c_all)
+        kept = y.clone() if _use_registered_op() else cpu.workspace(y, y.shape, y.stride()).copy_(y)
+        ctx.save_for_backward(*tensors, kept, saved, c_all)
         ctx.set_materialize_grads(False)
         if cell != "lstm":
             ctx.mark_non_differentiable(c_n)
@@ -365,3 +365,5 @@ torch.library.define(
 )
 torch.library.impl("fastrnn::recurrence_forward", "CPU", cpu.forward)
 torch.library.impl("fastrnn::recurrence_backward", "CPU", cpu.backward)
+torch.library.register_fake("fastrnn::recurrence_forward", cpu.fake_forward)
+torch.library.register_fake("fastrnn::recurrence_backward", cpu.fake_backward)
