@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from bench.peers import PEERS, Contender, Problem, Results, Unsupported, chosen_peers
+from fastrnn.backends import recorded_choices
 
 # torch.nn sets the measure for all others, so it has a bound of its own: this many times eps * max|fp64 result|.
 # Seen in fp32 over all cases: 24 at most (LSTM d, gradient of the bias), 13 in y.
@@ -49,8 +52,17 @@ def largest(tensor: Tensor) -> float:
     return tensor.abs().max().item()
 
 
-def enter(problem: Problem) -> tuple[dict[str, Contender], dict[str, float], dict[str, str]]:
-    """The peers that take part, fastrnn first; the largest error of each over max|fp64 result|; why others do not.
+class Entries(NamedTuple):
+    """Who takes part in a case."""
+
+    contenders: dict[str, Contender]  # fastrnn first
+    errors: dict[str, float]  # the largest of each over max|fp64 result|
+    left_out: dict[str, str]  # why
+    backend: str  # what fastrnn's back-end choice picked
+
+
+def enter(problem: Problem) -> Entries:
+    """The chosen peers, built and checked.
 
     Raises WrongResult where fastrnn or torch is wrong; any other wrong peer is left out with that reason.
     """
@@ -58,12 +70,15 @@ def enter(problem: Problem) -> tuple[dict[str, Contender], dict[str, float], dic
     eps = torch.finfo(problem.x.dtype).eps
     contenders: dict[str, Contender] = {}
     relative: dict[str, float] = {}
+    picked: list[str] = []
     left_out: dict[str, str] = {}
     of_torch: dict[str, float] = {}
     for name in sorted(chosen_peers(), key=lambda name: name != "torch"):
         try:
             contender = PEERS[name](problem)
-            found = errors(contender.named(contender.call()), reference)
+            with recorded_choices() as choices:
+                found = errors(contender.named(contender.call()), reference)
+            picked += [choice.picked for choice in choices]
             check(name, found, of_torch, reference, eps)
         except Unsupported as reason:
             left_out[name] = str(reason)
@@ -75,4 +90,5 @@ def enter(problem: Problem) -> tuple[dict[str, Contender], dict[str, float], dic
             of_torch = of_torch or found
             contenders[name] = contender
             relative[name] = max(error / largest(reference[tensor]) for tensor, error in found.items())
-    return {"fastrnn": contenders["fastrnn"], **contenders}, relative, left_out
+    ours_first = {"fastrnn": contenders["fastrnn"], **contenders}
+    return Entries(ours_first, relative, left_out, backend="+".join(dict.fromkeys(picked)))

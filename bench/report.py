@@ -44,6 +44,12 @@ def _three(value: float) -> str:
     return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
+def _backend(rows: Iterable[Row | None]) -> str:
+    """What fastrnn ran on, where it was not its CPU kernels alone."""
+    backends = dict.fromkeys(row["backend"] for row in rows if row is not None)
+    return "" if list(backends) == ["cpu"] else f" ({', '.join(backends)})"
+
+
 def _times(row: Row | None, peers: Sequence[str], unit: float = 1.0) -> list[str]:
     """Our median, then by what factor each peer's is larger; a dash for what was not measured."""
     if row is None:
@@ -69,7 +75,7 @@ def sequence_table(rows: dict[str, Row], dtype: str) -> str | None:
         for name, shape in SHAPES.items():
             pair = [rows.get(Case(cell, name, mode, dtype).id) for mode in ("forward", "training")]
             if any(pair):
-                lines[f"{cell.upper()} {', '.join(map(str, shape))}"] = pair
+                lines[f"{cell.upper()} {', '.join(map(str, shape))}{_backend(pair)}"] = pair
     if not lines:
         return None
     forward, training = (_compared(pair[mode] for pair in lines.values()) for mode in (0, 1))
@@ -87,7 +93,7 @@ def sequence_table(rows: dict[str, Row], dtype: str) -> str | None:
 def step_table(rows: dict[str, Row], dtype: str) -> str | None:
     """Single calls of the cells."""
     lines = {
-        f"{cell.upper()}Cell {shape.batch}, {shape.input_size}, {shape.hidden_size}": row
+        f"{cell.upper()}Cell {shape.batch}, {shape.input_size}, {shape.hidden_size}{_backend([row])}": row
         for cell in GATES
         for name, shape in STEP_SHAPES.items()
         if (row := rows.get(Case(cell, name, "step", dtype).id))
@@ -131,8 +137,9 @@ def with_table(readme: str, table: str) -> str:
 
 
 def details(data: dict[str, Any]) -> str:
-    """Every row with every peer's median, spread and error."""
+    """Every row with every peer's median, spread and error, and who was left out why."""
     lines = []
+    left_out: dict[str, list[str]] = {}
     for id, row in data["rows"].items():
         rate = ""
         for unit, name in (("gflops", "GFLOP/s"), ("gbytes", "GB/s")):
@@ -142,11 +149,14 @@ def details(data: dict[str, Any]) -> str:
             median, low, high = (f"{figures[key]:.4g}" for key in ("median", "q20", "q80"))
             ratio = f"{row['ratios'][peer]:.2f}" if peer in row["ratios"] else ""
             error = f"{figures['error']:.1e}"
-            lines.append([id, peer, median, f"{low} to {high}", ratio, rate, error, row["run"]])
+            name = f"fastrnn, {row['backend']}" if peer == "fastrnn" else peer
+            lines.append([id, name, median, f"{low} to {high}", ratio, rate, error, row["run"]])
             rate = ""
-        lines += [[id, peer, reason, "", "", "", "", row["run"]] for peer, reason in row["left_out"].items()]
+        for peer, reason in row["left_out"].items():
+            left_out.setdefault(f"{peer}, {reason}", []).append(id)
     header = ["case", "peer", "median, ms", "20 to 80 %", "× ours", "rate", "largest error", "run"]
-    return f"# {data['machine']}\n\n{provenance(data)}\n\n{markdown(header, lines)}\n"
+    missing = "".join(f"* {reason}: {', '.join(ids)}\n" for reason, ids in left_out.items())
+    return f"# {data['machine']}\n\n{provenance(data)}\n\n{markdown(header, lines)}\n\nLeft out:\n\n{missing}"
 
 
 def draw(data: dict[str, Any], path: Path) -> None:

@@ -19,10 +19,10 @@ from bench.timing import interleave, make_row
 def test_recurrence(case: Case, benchmark: Any, threads: int, seconds: float, record: Record) -> None:
     benchmark.group = f"{case.mode}, {case.dtype}"
     with torch.set_grad_enabled(case.mode == "training"):
-        contenders, errors, left_out = enter(Problem(case))
-        calls = {name: contender.call for name, contender in contenders.items()}
+        entries = enter(Problem(case))
+        calls = {name: contender.call for name, contender in entries.contenders.items()}
         neighbours = machine.Neighbours()
         times, rates = interleave(benchmark, calls, machine.limits(case), seconds)
     if benchmark.enabled:
         benchmark.extra_info.update(samples=times, rates=rates)
-        record(case, make_row(case, times, rates, errors, left_out, neighbours.share()))
+        record(case, make_row(case, times, rates, entries, neighbours.share()))

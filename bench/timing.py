@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from bench.check import Entries
 from bench.registry import Case
 
 Call = Callable[[], Any]
@@ -92,22 +93,22 @@ def make_row(
     case: Case,
     times: Mapping[str, list[float]],  # seconds per call, one figure per round
     rates: Mapping[str, list[float]],
-    errors: Mapping[str, float],
-    left_out: Mapping[str, str],
+    entries: Entries,
     neighbours: float | None,
 ) -> dict[str, Any]:
     """One row of the results file: medians in milliseconds, ratios of medians, the rate and the machine's limit."""
     medians = {name: statistics.median(samples) for name, samples in times.items()}
     ours = medians["fastrnn"]
     row: dict[str, Any] = {
+        "backend": entries.backend,
         "rounds": len(times["fastrnn"]),
         "peers": {
             name: {key: _digits(1e3 * value) for key, value in summary(samples).items()}
-            | {"error": _digits(errors[name])}
+            | {"error": _digits(entries.errors[name])}
             for name, samples in times.items()
         },
         "ratios": {name: _digits(median / ours) for name, median in medians.items() if name != "fastrnn"},
-        "left_out": dict(left_out),
+        "left_out": entries.left_out,
         "neighbours": None if neighbours is None else round(neighbours, 3),
     }
     work = {"arithmetic": ("gflops", case.flops), "weights": ("gbytes", case.streamed_bytes)}

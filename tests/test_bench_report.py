@@ -17,13 +17,14 @@ LSTM, STEP = registry.Case("lstm", "c", "forward"), registry.Case("gru", "step1"
 RUN = {"device": "Some CPU", "threads": 2, "isa": "avx2", "versions": {"torch": "2.13.0"}, "commit": "abc"}
 
 
-def row(case: registry.Case, ours: float = 0.010, torch: float = 0.013, neighbours: float | None = 0.01) -> dict:
+def row(case: registry.Case, ours: float = 0.010, torch: float = 0.013, neighbours: float | None = 0.01, backend="cpu"):
     times = {"fastrnn": [ours] * 7, "torch": [torch] * 7}
     rates = {"gflops": [540.0] * 7} if case.bound == "arithmetic" else {}
-    return timing.make_row(case, times, rates, dict.fromkeys(times, 1e-7), {"jax": "not installed: jax"}, neighbours)
+    entries = check.Entries({}, dict.fromkeys(times, 1e-7), {"jax": "not installed: jax"}, backend)
+    return timing.make_row(case, times, rates, entries, neighbours)
 
 
-def measured(*cases: registry.Case, run_id: str = "2026-11-20T10:00:00Z", **figures: float | None) -> dict:
+def measured(*cases: registry.Case, run_id: str = "2026-11-20T10:00:00Z", **figures) -> dict:
     data = {"machine": "some-cpu-2t", "runs": {}, "rows": {}}
     for case in cases:
         data = results.merge(data, run_id, RUN, case, row(case, **figures))
@@ -60,8 +61,8 @@ def test_report_writes_table_details_and_picture(tmp_path, monkeypatch):
     assert "| GRUCell 1, 256, 256 | 10000 | 1.30 |" in readme
     assert "Some CPU, 2 threads, avx2; torch 2.13.0; measured at abc on 2026-11-20." in readme
     details = (tmp_path / "report" / "some-cpu-2t.md").read_text()
-    assert "| lstm-c-forward-fp32 | fastrnn | 10 | 10 to 10 |  | 671 of 540 GFLOP/s | 1.0e-07 |" in details
-    assert "| lstm-c-forward-fp32 | jax | not installed: jax |" in details
+    assert "| lstm-c-forward-fp32 | fastrnn, cpu | 10 | 10 to 10 |  | 671 of 540 GFLOP/s | 1.0e-07 |" in details
+    assert "* jax, not installed: jax: lstm-c-forward-fp32, gru-step1-step-fp32\n" in details
     assert (tmp_path / "report" / "some-cpu-2t.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -94,6 +95,12 @@ def test_merging_replaces_whole_rows_and_drops_what_nothing_names():
 def test_disturbed_rows_are_named():
     assert "Other processes" not in report.provenance(measured(LSTM, neighbours=None))
     assert report.provenance(measured(LSTM, neighbours=0.3)).endswith("of the CPU during lstm-c-forward-fp32.")
+
+
+def test_another_back_end_is_named():
+    table = report.readme_table([measured(LSTM, STEP, backend="reference")])
+    assert "| LSTM 16, 100, 512, 512 (reference) |" in table
+    assert "| GRUCell 1, 256, 256 (reference) |" in table
 
 
 def test_neighbours_are_seen():
@@ -165,12 +172,13 @@ def test_peers_agree_with_fp64(cell, mode, peer, monkeypatch):
     monkeypatch.setitem(registry.STEP_SHAPES, "small", SMALL)
     monkeypatch.setenv("FASTRNN_BENCH_PEERS", peer)
     problem = peers.Problem(registry.Case(cell, "small", mode))
-    contenders, errors, left_out = check.enter(problem)
-    if peer in left_out:
-        assert not left_out[peer].startswith("wrong")
-        pytest.skip(left_out[peer])
-    assert set(contenders) == {"fastrnn", "torch", peer}
-    assert all(error < 1e-5 for error in errors.values())
+    entries = check.enter(problem)
+    assert entries.backend in ("cpu", "reference")
+    if peer in entries.left_out:
+        assert not entries.left_out[peer].startswith("wrong")
+        pytest.skip(entries.left_out[peer])
+    assert set(entries.contenders) == {"fastrnn", "torch", peer}
+    assert all(error < 1e-5 for error in entries.errors.values())
 
 
 def test_a_wrong_peer_is_not_timed(monkeypatch):
@@ -187,9 +195,9 @@ def test_a_wrong_peer_is_not_timed(monkeypatch):
     problem = peers.Problem(registry.Case("lstm", "small", "training"))
     monkeypatch.setitem(peers.PEERS, "jax", tampered)
     monkeypatch.setenv("FASTRNN_BENCH_PEERS", "jax")
-    contenders, _, left_out = check.enter(problem)
-    assert "jax" not in contenders
-    assert left_out["jax"].startswith("wrong result: y is off by")
+    entries = check.enter(problem)
+    assert "jax" not in entries.contenders
+    assert entries.left_out["jax"].startswith("wrong result: y is off by")
     monkeypatch.setitem(peers.PEERS, "fastrnn", tampered)
     with pytest.raises(check.WrongResult, match="lstm-small-training-fp32: fastrnn is not timed: y is off by"):
         check.enter(problem)

@@ -26,12 +26,13 @@ def reasons_against(call: RecurrenceCall) -> list[str]:
     reasons = []
     if native.load() is None:
         reasons.append(f"the compiled extension is not available ({native.load_error()})")
+    # Outside autocast a checked call has one device and one dtype.
+    if not call.x.is_cpu:
+        reasons.append(f"the tensors are on {call.x.device}, not on the CPU")
+    elif call.x.dtype is not torch.float32:
+        reasons.append(f"the tensors are {call.x.dtype}; the kernels compute in torch.float32")
     for name, tensor in call.tensors().items():
-        if tensor.device.type != "cpu":
-            reasons.append(f"{name} is on {tensor.device}, not on the CPU")
-        elif tensor.dtype != torch.float32:
-            reasons.append(f"{name} is {tensor.dtype}; the kernels compute in torch.float32")
-        elif tensor.layout != torch.strided:
+        if tensor.layout is not torch.strided:
             reasons.append(f"{name} has layout {tensor.layout}, not torch.strided")
     reasons += [f"no kernel for {option} yet" for option in call.options() if option not in KERNEL_OPTIONS]
     if call.weight_hr is not None:

@@ -1,7 +1,6 @@
-"""The compiled extension fastrnn._C: loaded on first use, joined to torch's thread pool."""
+"""The compiled extension fastrnn._C, joined to torch's thread pool."""
 
 import ctypes
-import functools
 import importlib
 import os
 import warnings
@@ -10,11 +9,15 @@ from types import ModuleType
 import torch
 
 
-@functools.cache
 def _load() -> tuple[ModuleType | None, str | None]:
     try:
         library = importlib.import_module("fastrnn._C")
     except ImportError as error:
+        warnings.warn(
+            f"fastrnn: the compiled extension fastrnn._C is not available ({error}); running on the reference, "
+            "which is slow. Install fastrnn with a C++ compiler at hand to have the kernels.",
+            stacklevel=2,
+        )
         return None, str(error)
     if torch.backends.openmp.is_available():
         # Threads come from torch's own pool, so that torch.set_num_threads holds and no second OpenMP runtime is loaded.
@@ -26,19 +29,15 @@ def _load() -> tuple[ModuleType | None, str | None]:
     return library, None
 
 
-@functools.cache
+# Loaded at import, so that torch.compile meets constants.
+_LIBRARY, _ERROR = _load()
+
+
 def load() -> ModuleType | None:
-    """The module fastrnn._C, or None, with one warning, where it was not built."""
-    library, error = _load()
-    if library is None:
-        warnings.warn(
-            f"fastrnn: the compiled extension fastrnn._C is not available ({error}); running on the reference, "
-            "which is slow. Install fastrnn with a C++ compiler at hand to have the kernels.",
-            stacklevel=2,
-        )
-    return library
+    """The module fastrnn._C, or None where it was not built."""
+    return _LIBRARY
 
 
 def load_error() -> str | None:
     """Why the extension is not available, or None."""
-    return _load()[1]
+    return _ERROR

@@ -151,7 +151,8 @@ def check(call: RecurrenceCall) -> RecurrenceCall:
     """The call itself, once its arguments are known to fit together."""
     if call.cell not in CELLS:
         raise ValueError(f"cell must be one of {', '.join(map(repr, CELLS))}, got {call.cell!r}")
-    for name, tensor in call.tensors().items():
+    tensors = call.tensors()
+    for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     name = "gates_x" if call.weight_ih is None else "x"
@@ -177,33 +178,27 @@ def check(call: RecurrenceCall) -> RecurrenceCall:
     else:
         batch = x.shape[1]
 
-    expected: list[tuple[str, Tensor | None, tuple[int, ...]]] = [
-        ("weight_hh", weight_hh, (rows, projected)),
-        ("weight_ih", weight_ih, (rows, x.shape[-1])),
-        (name, x, (*x.shape[:-1], rows if weight_ih is None else x.shape[-1])),
-        ("bias_ih", call.bias_ih, (rows,)),
-        ("bias_hh", call.bias_hh, (rows,)),
-        ("h0", call.h0, (batch, projected)),
-        ("c0", call.c0, (batch, hidden)),
-        ("weight_hr", call.weight_hr, (projected, hidden)),
-        ("recurrent_mask", call.recurrent_mask, (batch, projected)),
-    ]
-    for norm_name, norm, size in (
-        ("layer_norm_ih", call.layer_norm_ih, rows),
-        ("layer_norm_hh", call.layer_norm_hh, rows),
-        ("layer_norm_c", call.layer_norm_c, hidden),
-    ):
-        if norm is not None:
-            expected += [(f"{norm_name}[{i}]", part, (size,)) for i, part in enumerate(norm)]
-    for argument, tensor, shape in expected:
-        if tensor is None:
-            continue
-        if tuple(tensor.shape) != shape:
+    expected = {
+        "x": (*x.shape[:-1], rows if weight_ih is None else x.shape[-1]),
+        "weight_ih": (rows, x.shape[-1]),
+        "weight_hh": (rows, projected),
+        "bias_ih": (rows,),
+        "bias_hh": (rows,),
+        "h0": (batch, projected),
+        "c0": (batch, hidden),
+        "weight_hr": (projected, hidden),
+        "recurrent_mask": (batch, projected),
+    }
+    device, dtype = x.device, x.dtype
+    for argument, tensor in tensors.items():
+        shape = expected.get(argument) or ((hidden,) if argument.startswith("layer_norm_c") else (rows,))
+        argument = name if tensor is x else argument
+        if tensor.shape != shape:
             raise ValueError(f"{argument} must have shape {shape}, got {tuple(tensor.shape)}")
-        if tensor.device != x.device:
-            raise ValueError(f"{argument} must be on the device of {name}, {x.device}, got {tensor.device}")
-        if tensor.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
-            raise ValueError(f"{argument} must have the dtype of {name}, {x.dtype}, got {tensor.dtype}")
+        if tensor.device != device:
+            raise ValueError(f"{argument} must be on the device of {name}, {device}, got {tensor.device}")
+        if tensor.dtype is not dtype and not torch.is_autocast_enabled(device.type):
+            raise ValueError(f"{argument} must have the dtype of {name}, {dtype}, got {tensor.dtype}")
     _check_options(call, batch)
     return call
 
