@@ -49,15 +49,19 @@ struct LstmGates {
   V i, f, g, o;
 };
 
-// gates: pre-activations on entry, activations on return; c: c_{t-1} on entry, c_t on return. Returns h_t.
+// gates: pre-activations on entry, activations on return; c: c_{t-1} on entry, c_t on return.
 template <class V>
-FASTRNN_CELL V lstm_forward(LstmGates<V>& gates, V& c) {
+FASTRNN_CELL void lstm_cell_state(LstmGates<V>& gates, V& c) {
   gates.i = sigmoid(gates.i);
   gates.f = sigmoid(gates.f);
   gates.g = tanh(gates.g);
   gates.o = sigmoid(gates.o);
   c = gates.f * c + gates.i * gates.g;
-  return gates.o * tanh(c);
+}
+
+template <class V>
+FASTRNN_CELL V lstm_output(V o, V c) {
+  return o * tanh(c);
 }
 
 // gates: activations on entry, gradients of the pre-activations on return; dc: gradient of c_t on entry (without
@@ -79,16 +83,12 @@ struct GruGates {
   V r, z, n, h_n;  // h_n: W_hn h_{t-1} + b_hn
 };
 
-// gates: r and z pre-activations, n the input's part of its pre-activation, h_n; activations on return. Returns h_t.
 template <class V>
-FASTRNN_CELL V gru_forward(GruGates<V>& gates, V h_previous) {
-  gates.r = sigmoid(gates.r);
-  gates.z = sigmoid(gates.z);
-  gates.n = tanh(gates.n + gates.r * gates.h_n);
-  return (1.0f - gates.z) * gates.n + gates.z * h_previous;
+FASTRNN_CELL V gru_output(V z, V n, V h_previous) {
+  return (1.0f - z) * n + z * h_previous;
 }
 
-// gates: as gru_forward left them on entry; gradients of the pre-activations r, z, n and of h_n on return.
+// gates: activations on entry; gradients of the pre-activations r, z, n and of h_n on return.
 // dh: gradient of h_t on entry, its direct part for h_{t-1} on return.
 template <class V>
 FASTRNN_CELL void gru_backward(GruGates<V>& gates, V h_previous, V& dh) {

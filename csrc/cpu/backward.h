@@ -41,11 +41,11 @@ inline void add_outer(int64_t rows, int64_t k_size, const float* packed, const f
     const int64_t count = columns - p * kColumns;
     float* c = out + p * kColumns;
     if (count >= kColumns) {
-      tile_rows<2, true>(rows, k_size, packed, rows, b + p * panel_stride, kColumns, accumulate, c, ldc);
+      tile_rows<2, true>(rows, k_size, packed, rows, b + p * panel_stride, kColumns, resume(accumulate, c, ldc), c, ldc);
       continue;
     }
     alignas(64) float edge[max_rows<2>() * kColumns];
-    tile_rows<2, true>(rows, k_size, packed, rows, b + p * panel_stride, kColumns, false, edge, kColumns);
+    tile_rows<2, true>(rows, k_size, packed, rows, b + p * panel_stride, kColumns, kZero, edge, kColumns);
     for (int64_t m = 0; m < rows; ++m)
       for (int64_t n = 0; n < count; ++n)
         c[m * ldc + n] = (accumulate ? c[m * ldc + n] : 0.0f) + edge[m * kColumns + n];
@@ -219,10 +219,12 @@ class Backward {
       }
       const RowTiles tiles(rows, kTile);
       for (int64_t k = 0; k < k_size; k += kDepth)
-        for (int64_t i = 0; i < tiles.count; ++i)
+        for (int64_t i = 0; i < tiles.count; ++i) {
+          float* c = out + tiles.begin(i) * kColumns;
           tile_rows<2, false>(tiles.begin(i + 1) - tiles.begin(i), smaller(kDepth, k_size - k),
                               a + tiles.begin(i) * f.gradient_stride_ + k, f.gradient_stride_, b + k * kColumns,
-                              kColumns, k > 0, out + tiles.begin(i) * kColumns, kColumns);
+                              kColumns, resume(k > 0, c, kColumns), c, kColumns);
+        }
       return 1;
     }
 
@@ -398,11 +400,13 @@ class Backward {
       const RowTiles tiles(rows, kTile);
       for (int64_t k = 0; k < k_size; k += kInputDepth)
         for (int64_t p = first; p < last; ++p)
-          for (int64_t i = 0; i < tiles.count; ++i)
+          for (int64_t i = 0; i < tiles.count; ++i) {
+            float* c = dx + ((p - first) * rows + tiles.begin(i)) * kColumns;
             tile_rows<2, false>(tiles.begin(i + 1) - tiles.begin(i), smaller(kInputDepth, k_size - k),
                                 a + tiles.begin(i) * f.gradient_stride_ + k, f.gradient_stride_,
-                                args.weight_ih + (p * k_size + k) * kColumns, kColumns, k > 0,
-                                dx + ((p - first) * rows + tiles.begin(i)) * kColumns, kColumns);
+                                args.weight_ih + (p * k_size + k) * kColumns, kColumns, resume(k > 0, c, kColumns), c,
+                                kColumns);
+          }
       const int64_t from = first * kColumns, size = smaller(problem.input_size, last * kColumns) - from;
       for_rows(low, high, base, [&](int64_t row, int64_t, int64_t i, int64_t t) {
         float* out = args.dx + args.dx_rows.offset[t] + entry(i) * args.dx_rows.stride;

@@ -238,15 +238,15 @@ class Forward {
       const RowTiles tiles(rows, kMaxRows);
       for (int64_t p = p0; p < p1; ++p) {
         float* out = gates_x + (p - p0) * rows * P::kWidth;
-        const float* b = bias + (p - p0) * P::kWidth;
-        for (int64_t row = 0; row < rows; ++row)
-          for (int v = 0; v < P::NV; ++v) store(out + row * P::kWidth + v * kLanes, load(b + v * kLanes));
         for (int64_t k = 0; k < size; k += kDepth)
-          for (int64_t i = 0; i < tiles.count; ++i)
+          for (int64_t i = 0; i < tiles.count; ++i) {
+            float* c = out + tiles.begin(i) * P::kWidth;
             tile_rows<P::NV, false>(tiles.begin(i + 1) - tiles.begin(i), smaller(kDepth, size - k),
                                     a + tiles.begin(i) * lda + k, lda,
-                                    args.weight_ih + (p * size + k) * P::kWidth, P::kWidth, true,
-                                    out + tiles.begin(i) * P::kWidth, P::kWidth);
+                                    args.weight_ih + (p * size + k) * P::kWidth, P::kWidth,
+                                    k == 0 ? Start{bias + (p - p0) * P::kWidth, 0} : Start{c, P::kWidth}, c,
+                                    P::kWidth);
+          }
       }
     }
 
@@ -309,56 +309,78 @@ class Forward {
       }
       for (int64_t k = 0; k < k_size; k += kDepth)
         tile_rows<P::NV, false>(rows, smaller(kDepth, k_size - k), a + k, f.h_stride_, b + k * P::kWidth, P::kWidth,
-                                k > 0, product, P::kWidth);
+                                resume(k > 0, product, P::kWidth), product, P::kWidth);
       return 1;
     }
 
-    // The pointwise part. Rolled over rows on purpose: unrolled, GCC keeps the tile in memory within the product.
-    void finish(int64_t s, int64_t p, int64_t from, int64_t rows, const float* product, const float* x_part) const {
+    // The pointwise part of `rows` rows, in two loops: the chain of two activations, sigmoid then tanh, is twice as long as
+    // the window in which the core overlaps rows. Rolled over rows: unrolled, GCC keeps the tile in memory within the
+    // product.
+    void finish(int64_t s, int64_t p, int64_t from, int64_t rows, float* product, const float* x_part) const {
       const int64_t t = time(s), hidden = problem.hidden_size;
       const bool more = s + 1 < problem.steps;
       const int64_t continuing = more ? problem.active[time(s + 1)] : 0;
-      for (int64_t row = 0; row < rows; ++row, product += P::kWidth, x_part += P::kWidth) {
+      auto pre = [&](int64_t row, int vector, int gate) __attribute__((always_inline)) {
+        const int64_t at = row * P::kWidth + (gate * P::kVectors + vector) * kLanes;
+        return load(product + at) + load(x_part + at);
+      };
+      auto saved_at = [&](int64_t i) __attribute__((always_inline)) {
+        return args.saved + ((problem.row_base[t] + i) * f.panels_ + p) * (saved_count(cell) * kLanes);
+      };
+      if constexpr (kLstm) {
+        for (int64_t row = 0; row < rows; ++row) {
+          LstmGates<Vec> gates{pre(row, 0, 0), pre(row, 0, 1), pre(row, 0, 2), pre(row, 0, 3)};
+          float* state = c_at(from + row) + p * kLanes;
+          Vec c = load(state);
+          lstm_cell_state(gates, c);
+          store(state, c);
+          store(product + row * P::kWidth, gates.o);
+          if (args.saved) {
+            float* saved = saved_at(from + row);
+            store(saved, gates.i);
+            store(saved + kLanes, gates.f);
+            store(saved + 2 * kLanes, gates.g);
+            store(saved + 3 * kLanes, gates.o);
+          }
+        }
+      } else if constexpr (cell == Cell::gru) {
+        const Vec b_hn = load(bias_hn + (p - p0) * P::kUnits);
+        for (int64_t row = 0; row < rows; ++row) {
+          float* gates = product + row * P::kWidth;
+          const Vec r = sigmoid(pre(row, 0, 0)), z = sigmoid(pre(row, 0, 1));
+          const Vec h_n = load(gates + 2 * kLanes) + b_hn;
+          if (args.saved) {
+            float* saved = saved_at(from + row);
+            store(saved, r);
+            store(saved + kLanes, z);
+            store(saved + 3 * kLanes, h_n);
+          }
+          store(gates, z);
+          store(gates + kLanes, load(x_part + row * P::kWidth + 2 * kLanes) + r * h_n);
+        }
+      }
+      for (int64_t row = 0; row < rows; ++row) {
         const int64_t i = from + row, b = entry(i);
         const bool last = i >= continuing;
         const bool reset = !last && is_reset(time(s + 1), i);
         const int64_t y_at = args.y_rows.offset[t] + b * args.y_rows.stride;
-        float* saved = args.saved ? args.saved + ((problem.row_base[t] + i) * f.panels_ + p) *
-                                                     (saved_count(cell) * kLanes)
-                                  : nullptr;
+        const float* gates = product + row * P::kWidth;
         for (int vector = 0; vector < P::kVectors; ++vector) {
           const int64_t unit = p * P::kUnits + vector * kLanes, count = hidden - unit;
           if (count <= 0) break;
-          auto pre = [&](int gate) __attribute__((always_inline)) {
-            const int at = (gate * P::kVectors + vector) * kLanes;
-            return load(product + at) + load(x_part + at);
-          };
           Vec h;
           if constexpr (kLstm) {
-            LstmGates<Vec> gates{pre(0), pre(1), pre(2), pre(3)};
-            Vec c = load(c_at(i) + unit);
-            h = lstm_forward(gates, c);
-            if (saved) {
-              store(saved, gates.i);
-              store(saved + kLanes, gates.f);
-              store(saved + 2 * kLanes, gates.g);
-              store(saved + 3 * kLanes, gates.o);
-              store(args.c_all + y_at + unit, c, count);
-            }
-            store(c_at(i) + unit, reset ? Vec{} : c);
+            const Vec c = load(c_at(i) + unit);
+            h = lstm_output(load(gates), c);
+            if (args.saved) store(args.c_all + y_at + unit, c, count);
             if (last) store(args.c_n + b * hidden + unit, c, count);
+            if (reset) store(c_at(i) + unit, Vec{});
           } else if constexpr (cell == Cell::gru) {
-            GruGates<Vec> gates{pre(0), pre(1), load(x_part + 2 * kLanes),
-                                load(product + 2 * kLanes) + load(bias_hn + (p - p0) * P::kUnits)};
-            h = gru_forward(gates, load(h_at(s, i) + unit));
-            if (saved) {
-              store(saved, gates.r);
-              store(saved + kLanes, gates.z);
-              store(saved + 2 * kLanes, gates.n);
-              store(saved + 3 * kLanes, gates.h_n);
-            }
+            const Vec n = tanh(load(gates + kLanes));
+            h = gru_output(load(gates), n, load(h_at(s, i) + unit));
+            if (args.saved) store(saved_at(i) + 2 * kLanes, n);
           } else {
-            h = rnn_forward<cell>(pre(0));
+            h = rnn_forward<cell>(pre(row, vector, 0));
           }
           store(args.y + y_at + unit, h, count);
           if (last) store(args.h_n + b * hidden + unit, h, count);

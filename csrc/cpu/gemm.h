@@ -12,19 +12,27 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// c[m][p][v] (+)= sum_k a[m, k] * b_p[k][v], m < MR, p < NP panels. A is row-major with leading dimension lda, or, for
-// column_major, a[k * lda + m].
+// Where the sums of a tile start: rows of leading dimension ld (0: one row for all, as a bias), or from zero.
+struct Start {
+  const float* rows;
+  int64_t ld;
+};
+
+constexpr Start kZero = {nullptr, 0};
+
+// c[m][p][v] = start + sum_k a[m, k] * b_p[k][v], m < MR, p < NP panels. A is row-major with leading dimension lda, or,
+// for column_major, a[k * lda + m].
 template <int MR, int NV, int NP, bool column_major>
 inline __attribute__((always_inline)) void tile(int64_t k_size, const float* a, int64_t lda, const float* b,
-                                                int64_t ldb, int64_t panel_stride, bool accumulate, float* c,
+                                                int64_t ldb, int64_t panel_stride, Start start, float* c,
                                                 int64_t ldc, int64_t c_panel_stride) {
   Vec acc[MR][NP * NV];
-  if (accumulate) {
+  if (start.rows) {
 #pragma GCC unroll 16
     for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 8
       for (int v = 0; v < NP * NV; ++v)
-        acc[m][v] = load(c + m * ldc + (v / NV) * c_panel_stride + (v % NV) * kLanes);
+        acc[m][v] = load(start.rows + m * start.ld + (v / NV) * c_panel_stride + (v % NV) * kLanes);
   } else {
 #pragma GCC unroll 16
     for (int m = 0; m < MR; ++m)
@@ -79,18 +87,18 @@ constexpr int panels_at_once(int64_t rows) {
 
 template <int MR, int NV, int NP, bool column_major>
 __attribute__((noinline)) void tile_call(int64_t k_size, const float* a, int64_t lda, const float* b, int64_t ldb,
-                                         int64_t panel_stride, bool accumulate, float* c, int64_t ldc,
+                                         int64_t panel_stride, Start start, float* c, int64_t ldc,
                                          int64_t c_panel_stride) {
-  tile<MR, NV, NP, column_major>(k_size, a, lda, b, ldb, panel_stride, accumulate, c, ldc, c_panel_stride);
+  tile<MR, NV, NP, column_major>(k_size, a, lda, b, ldb, panel_stride, start, c, ldc, c_panel_stride);
 }
 
 template <int NV, bool column_major, int MR = max_rows<NV>()>
 inline void tile_rows(int64_t rows, int64_t k_size, const float* a, int64_t lda, const float* b, int64_t ldb,
-                      bool accumulate, float* c, int64_t ldc) {
+                      Start start, float* c, int64_t ldc) {
   if (rows == MR) {
-    tile_call<MR, NV, 1, column_major>(k_size, a, lda, b, ldb, 0, accumulate, c, ldc, 0);
+    tile_call<MR, NV, 1, column_major>(k_size, a, lda, b, ldb, 0, start, c, ldc, 0);
   } else if constexpr (MR > 1) {
-    tile_rows<NV, column_major, MR - 1>(rows, k_size, a, lda, b, ldb, accumulate, c, ldc);
+    tile_rows<NV, column_major, MR - 1>(rows, k_size, a, lda, b, ldb, start, c, ldc);
   }
 }
 
@@ -108,8 +116,11 @@ inline void two_panels(int64_t rows, int64_t k_size, const float* a, int64_t lda
   const auto call = rows == 1   ? tile_call<1, NV, 2, false>
                     : rows == 2 ? tile_call<2, NV, 2, false>
                                 : tile_call<3, NV, 2, false>;
-  call(k_size, a, lda, b, kWidth, panel_stride, false, out, kWidth, rows * kWidth);
+  call(k_size, a, lda, b, kWidth, panel_stride, kZero, out, kWidth, rows * kWidth);
 }
+
+// Continues a sum that earlier passes over k left in c.
+inline Start resume(bool resumed, const float* c, int64_t ldc) { return resumed ? Start{c, ldc} : kZero; }
 
 // Balanced row tiles: 16 rows of at most 6 are 6 + 5 + 5, never 6 + 6 + 4.
 struct RowTiles {

@@ -87,7 +87,8 @@ void step_units(const Problem& problem, const StepArgs& args, int64_t unit, floa
         LstmGates<Vec> gates{x_part(0) + h_part(0), x_part(1) + h_part(1), x_part(2) + h_part(2),
                              x_part(3) + h_part(3)};
         Vec c = args.c0 ? load(args.c0 + state_at, count) : Vec{};
-        h = lstm_forward(gates, c);
+        lstm_cell_state(gates, c);
+        h = lstm_output(gates.o, c);
         store(args.c + state_at, c, count);
         if (saved) {
           store(saved, gates.i);
@@ -96,8 +97,9 @@ void step_units(const Problem& problem, const StepArgs& args, int64_t unit, floa
           store(saved + 3 * kLanes, gates.o);
         }
       } else if constexpr (cell == Cell::gru) {
-        GruGates<Vec> gates{x_part(0) + h_part(0), x_part(1) + h_part(1), x_part(2), h_part(2)};
-        h = gru_forward(gates, args.h0 ? load(args.h0 + state_at, count) : Vec{});
+        GruGates<Vec> gates{sigmoid(x_part(0) + h_part(0)), sigmoid(x_part(1) + h_part(1)), x_part(2), h_part(2)};
+        gates.n = tanh(gates.n + gates.r * gates.h_n);
+        h = gru_output(gates.z, gates.n, args.h0 ? load(args.h0 + state_at, count) : Vec{});
         if (saved) {
           store(saved, gates.r);
           store(saved + kLanes, gates.z);
@@ -130,12 +132,15 @@ inline void multiply_rows(int64_t rows, int64_t k_size, const float* a, int64_t 
   int64_t n = begin;
   if (rows == 1)
     for (; n + 4 * kColumns <= end; n += 4 * kColumns)
-      tile_call<1, 2, 4, false>(k_size, a, lda, weight + n, columns, kColumns, accumulate, out + n, ldo, kColumns);
+      tile_call<1, 2, 4, false>(k_size, a, lda, weight + n, columns, kColumns, resume(accumulate, out + n, ldo), out + n,
+                                ldo, kColumns);
   const RowTiles tiles(rows, max_rows<2>());
   for (; n + kColumns <= end; n += kColumns)
-    for (int64_t i = 0; i < tiles.count; ++i)
+    for (int64_t i = 0; i < tiles.count; ++i) {
+      float* c = out + tiles.begin(i) * ldo + n;
       tile_rows<2, false>(tiles.begin(i + 1) - tiles.begin(i), k_size, a + tiles.begin(i) * lda, lda, weight + n,
-                          columns, accumulate, out + tiles.begin(i) * ldo + n, ldo);
+                          columns, resume(accumulate, c, ldo), c, ldo);
+    }
   for (; n < end; n += kLanes) {
     const int64_t count = smaller(kLanes, end - n);
     for (int64_t row = 0; row < rows; ++row) {
@@ -154,7 +159,7 @@ inline void outer_rows(int64_t begin, int64_t end, int64_t k_size, const float* 
     const int64_t row = begin + tiles.begin(i), count = tiles.begin(i + 1) - tiles.begin(i);
     int64_t n = 0;
     for (; n + kColumns <= columns; n += kColumns)
-      tile_rows<2, true>(count, k_size, gradients + row, stride, b + n, ldb, false, out + row * columns + n, columns);
+      tile_rows<2, true>(count, k_size, gradients + row, stride, b + n, ldb, kZero, out + row * columns + n, columns);
     for (; n < columns; n += kLanes) {
       const int64_t valid = smaller(kLanes, columns - n);
       for (int64_t m = 0; m < count; ++m) {

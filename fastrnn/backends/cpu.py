@@ -70,8 +70,8 @@ def new_like_rows(x: Tensor, columns: int) -> Tensor:
 def workspace(like: Tensor, shape: tuple[int, ...], stride: tuple[int, ...] | None = None) -> Tensor:
     """An uninitialised tensor for internal use over pooled memory, where fresh pages would cost more than the work."""
     size = math.prod(shape)
-    if size == 0:
-        return like.new_empty(shape)
+    if size < 2**14:  # malloc has no fresh pages for these; the pool would take 2 µs longer, which one step feels.
+        return like.new_empty(shape) if stride is None else like.new_empty_strided(shape, stride)
     flat = torch.frombuffer(native.load().Workspace(size), dtype=torch.float32)  # type: ignore[union-attr]
     if torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory:
         flat.fill_(math.nan)
