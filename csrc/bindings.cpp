@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <memory>
 #include <numeric>
+#include <optional>
 
 #include "build_info.h"
 #include "cpu/dispatch.h"
@@ -79,11 +80,14 @@ class PackedWeight {
   Layout forward_, backward_;
 };
 
+using Strides = std::pair<int64_t, int64_t>;
+
 // Where the rows of a call lie and which of them take part in each step.
 class Layout {
  public:
   Layout(int cell, bool reverse, int64_t steps, int64_t batch, int64_t input_size, int64_t hidden_size,
-         uintptr_t lengths, uintptr_t batch_sizes, uintptr_t resets, int64_t reset_stride_t, int64_t reset_stride_b)
+         uintptr_t lengths, uintptr_t batch_sizes, uintptr_t resets, Strides reset_strides, float zoneout,
+         std::optional<uint64_t> zoneout_seed, uintptr_t recurrent_mask)
       : active_(steps, batch), row_base_(steps + 1, 0), packed_(batch_sizes != 0) {
     if (packed_) {
       std::copy_n(pointer<const int64_t>(batch_sizes), steps, active_.begin());
@@ -109,12 +113,16 @@ class Layout {
                row_base_.data(),
                order_.empty() ? nullptr : order_.data(),
                pointer<const uint8_t>(resets),
-               reset_stride_t,
-               reset_stride_b};
+               reset_strides.first,
+               reset_strides.second,
+               zoneout,
+               zoneout_seed.has_value(),
+               zoneout_seed.value_or(0),
+               pointer(recurrent_mask)};
   }
 
   // The rows of a tensor with these strides (the first is of no account where sequences are packed).
-  Rows rows(std::pair<int64_t, int64_t> strides, std::vector<int64_t>& offsets) const {
+  Rows rows(Strides strides, std::vector<int64_t>& offsets) const {
     offsets.resize(problem.steps);
     for (int64_t t = 0; t < problem.steps; ++t)
       offsets[t] = packed_ ? row_base_[t] * strides.second : t * strides.first;
@@ -127,8 +135,6 @@ class Layout {
   std::vector<int64_t> active_, row_base_, order_;
   bool packed_;
 };
-
-using Strides = std::pair<int64_t, int64_t>;
 
 void forward(const Layout& layout, uintptr_t x, Strides x_strides, const PackedWeight* weight_ih,
              const PackedWeight& weight_hh, uintptr_t bias_ih, uintptr_t bias_hh, uintptr_t h0, uintptr_t c0,
@@ -153,16 +159,18 @@ void forward(const Layout& layout, uintptr_t x, Strides x_strides, const PackedW
   kernels().forward(layout.problem, args, threads);
 }
 
-void backward(const Layout& layout, uintptr_t dy, Strides dy_strides, uintptr_t dh_n, uintptr_t dc_n, uintptr_t x,
-              Strides x_strides, const PackedWeight* weight_ih, const PackedWeight& weight_hh, uintptr_t h0,
+void backward(const Layout& layout, uintptr_t dy, Strides dy_strides, uintptr_t dh_n, uintptr_t dc_n,
+              uintptr_t dc_all, Strides dc_all_strides, uintptr_t x, Strides x_strides, const PackedWeight* weight_ih, const PackedWeight& weight_hh, uintptr_t h0,
               uintptr_t c0, uintptr_t y, Strides y_strides, uintptr_t saved, uintptr_t c_all, uintptr_t dx,
               Strides dx_strides, uintptr_t dweight_ih, uintptr_t dweight_hh, uintptr_t dbias_ih, uintptr_t dbias_hh,
               uintptr_t dh0, uintptr_t dc0, int threads) {
-  std::vector<int64_t> dy_offsets, x_offsets, y_offsets, dx_offsets;
+  std::vector<int64_t> dy_offsets, dc_all_offsets, x_offsets, y_offsets, dx_offsets;
   const BackwardArgs args{pointer(dy),
                           layout.rows(dy_strides, dy_offsets),
                           pointer(dh_n),
                           pointer(dc_n),
+                          pointer(dc_all),
+                          layout.rows(dc_all_strides, dc_all_offsets),
                           pointer(x),
                           layout.rows(x_strides, x_offsets),
                           weight_ih ? weight_ih->panels(true) : nullptr,
@@ -186,7 +194,13 @@ void backward(const Layout& layout, uintptr_t dy, Strides dy_strides, uintptr_t 
 }
 
 Problem step_problem(int cell, int64_t batch, int64_t input_size, int64_t hidden_size) {
-  return {static_cast<Cell>(cell), false, 1, batch, input_size, hidden_size, nullptr, nullptr, nullptr, nullptr, 0, 0};
+  Problem problem{};
+  problem.cell = static_cast<Cell>(cell);
+  problem.steps = 1;
+  problem.batch = batch;
+  problem.input_size = input_size;
+  problem.hidden_size = hidden_size;
+  return problem;
 }
 
 void step(int cell, int64_t batch, int64_t input_size, int64_t hidden_size, uintptr_t x, int64_t x_stride,
@@ -229,8 +243,8 @@ PYBIND11_MODULE(_C, m) {
     return kernels().checksum(pointer(data), size, threads);
   });
   m.def("lanes", [] { return kernels().lanes; });
-  m.def("saved_size", [](int cell, int64_t rows, int64_t hidden_size) {
-    return kernels().saved_size(static_cast<Cell>(cell), rows, hidden_size);
+  m.def("saved_size", [](int cell, int64_t rows, int64_t hidden_size, bool zoneout_expected) {
+    return kernels().saved_size(static_cast<Cell>(cell), rows, hidden_size, zoneout_expected);
   });
 
   py::class_<Workspace>(m, "Workspace", py::buffer_protocol())
@@ -240,8 +254,8 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<int, int64_t, int64_t, bool>())
       .def("prepare", &PackedWeight::prepare);
   py::class_<Layout>(m, "Layout")
-      .def(py::init<int, bool, int64_t, int64_t, int64_t, int64_t, uintptr_t, uintptr_t, uintptr_t, int64_t,
-                    int64_t>());
+      .def(py::init<int, bool, int64_t, int64_t, int64_t, int64_t, uintptr_t, uintptr_t, uintptr_t, Strides, float,
+                    std::optional<uint64_t>, uintptr_t>());
   m.def("forward", &forward);
   m.def("backward", &backward);
   m.def("step", &step);

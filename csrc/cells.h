@@ -67,9 +67,9 @@ FASTRNN_CELL V lstm_output(V o, V c) {
 // gates: activations on entry, gradients of the pre-activations on return; dc: gradient of c_t on entry (without
 // what comes through h_t), of c_{t-1} on return.
 template <class V>
-FASTRNN_CELL void lstm_backward(LstmGates<V>& gates, V c_previous, V c, V dh, V& dc) {
-  const V tanh_c = tanh(c);
+FASTRNN_CELL void lstm_backward(LstmGates<V>& gates, V c_previous, V dh, V& dc) {
   const V i = gates.i, f = gates.f, g = gates.g, o = gates.o;
+  const V tanh_c = tanh(f * c_previous + i * g);
   dc = dc + dh * o * (1.0f - tanh_c * tanh_c);
   gates.i = dc * g * i * (1.0f - i);
   gates.f = dc * c_previous * f * (1.0f - f);

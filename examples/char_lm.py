@@ -9,8 +9,10 @@ model writes along the way, and leaves a picture of both loss curves, samples, m
 """
 
 import argparse
+import contextlib
 import copy
 import hashlib
+import io
 import json
 import platform
 import shlex
@@ -341,7 +343,15 @@ def print_summary(metrics: dict[str, Any], folder: Path) -> None:
     print(f"Wrote curves.png, samples.txt, metrics.json and checkpoint.pt to {folder}.")
 
 
-def print_header(corpus: Corpus, model: CharacterModel, args: argparse.Namespace, device: torch.device) -> None:
+def explain(model: nn.Module, tokens: Tensor) -> str:
+    """What fastrnn.explain tells, without printing it yet."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        return fastrnn.explain(model, tokens)
+
+
+def print_header(
+    corpus: Corpus, model: CharacterModel, args: argparse.Namespace, device: torch.device, choices: str
+) -> None:
     rare = f" ({corpus.rare} rare ones read as {RARE})" if corpus.rare else ""
     parameters = sum(p.numel() for p in model.parameters())
     print(f"text      {corpus.description}, vocabulary {len(corpus.vocabulary)}{rare}")
@@ -350,7 +360,8 @@ def print_header(corpus: Corpus, model: CharacterModel, args: argparse.Namespace
         f"training  {args.iterations} iterations of {args.batch} x {args.sequence} characters, Adam lr {args.lr:g},"
         f" clip {args.clip:g}, seed {args.seed}; twice, taking turns"
     )
-    print(f"device    {describe_device(device)}, torch {torch.__version__}")
+    print(f"device    {describe_device(device)}, torch {torch.__version__}, fastrnn {fastrnn.__version__}")
+    print("back end  " + choices.replace("\n", "\n" + " " * 10), end="\n\n")
 
 
 def describe_model(args: argparse.Namespace) -> str:
@@ -366,9 +377,12 @@ def main() -> int:
 
     torch.manual_seed(args.seed)
     model = CharacterModel(args.cell, len(corpus.vocabulary), args.hidden, args.layers).to(device)
-    accelerated = fastrnn.accelerate(copy.deepcopy(model))
-
     compute_loss = NextCharacterLoss(corpus.streams.to(device), args.sequence)
+    try:
+        accelerated = fastrnn.accelerate(copy.deepcopy(model), args.backend)
+        choices = explain(accelerated, compute_loss.streams[: args.sequence])
+    except (ValueError, NotImplementedError) as error:
+        fail(f"--backend {args.backend}: {error}")
     runs = {
         "torch.nn": Trainer(model, compute_loss, lr=args.lr, clip=args.clip),
         "fastrnn": Trainer(accelerated, compute_loss, lr=args.lr, clip=args.clip),
@@ -385,7 +399,7 @@ def main() -> int:
         if reached[0] == args.iterations or reached[1] > args.iterations:
             fail(f"--resume: the checkpoint is at iteration {reached[1]} already, go on with larger --iterations")
 
-    print_header(corpus, model, args, device)
+    print_header(corpus, model, args, device, choices)
     report = Report(runs, corpus, args, samples)
 
     def save() -> None:

@@ -1,0 +1,14 @@
+"""Exact recurrent networks for PyTorch, fast. ``fastrnn.nn`` has the modules; ``accelerate`` converts a model in place."""
+
+from importlib import metadata
+
+from fastrnn import nn
+from fastrnn.convert import accelerate, restore
+from fastrnn.explain import explain
+
+__all__ = ["accelerate", "explain", "nn", "restore"]
+
+try:
+    __version__ = metadata.version("fastrnn")
+except metadata.PackageNotFoundError:  # Run from a source tree that was never installed.
+    __version__ = "0+unknown"

@@ -2,14 +2,14 @@
 // projects its part of a chunk of inputs, then walks the chunk's steps; only h crosses threads, one barrier a step.
 #pragma once
 
-#include "cpu/pack.h"
+#include "cpu/zoneout.h"
 
 namespace fastrnn {
 namespace {
 
 // Rows of a layout that hold one chunk of input projections: 64 to 256 measured equal, the whole sequence 3-10 % slower.
 constexpr int64_t kChunkRows = 128;
-constexpr int64_t kDepth = 1024;  // K per pass over a panel, so that it stays in L2
+constexpr int64_t kDepth = 256;      // K per pass over a panel: short sums round less, and the panel stays in cache
 
 // With at most kFewRows rows the pointwise part waits for kGroup panels.
 constexpr int64_t kFewRows = 2, kGroup = 8;
@@ -38,6 +38,12 @@ inline int64_t padded(int64_t size) {
   return rounded % 1024 == 0 ? rounded + 16 : rounded;
 }
 
+// Where the RNN keeps what it put out before zoneout: [rows, units rounded up to lanes].
+template <class Float>
+inline Float* saved_output(const Problem& problem, Float* saved, int64_t t, int64_t i) {
+  return saved + (problem.row_base[t] + i) * ceil_div(problem.hidden_size, kLanes) * kLanes;
+}
+
 template <Cell cell>
 class Forward {
   using P = Panel<cell>;
@@ -56,7 +62,9 @@ class Forward {
         slot_panels_(deal_.by_rows ? panels_ : ceil_div(panels_, deal_.slots)),
         slot_floats_(slot_panels_ * P::kWidth * (block_rows_ + 1) + slot_panels_ * P::kUnits +
                      block_rows_ * padded(problem.input_size)),
+        zoneout_(problem),
         h_(2 * problem.batch * h_stride_),
+        h_masked_(problem.recurrent_mask ? 2 * problem.batch * h_stride_ : 0),
         c_(kLstm ? problem.batch * h_stride_ : 0),
         scratch_(deal_.slots * slot_floats_) {}
 
@@ -95,8 +103,17 @@ class Forward {
     bool is_reset(int64_t t, int64_t i) const {
       return problem.resets && problem.resets[t * problem.reset_stride_t + entry(i) * problem.reset_stride_b];
     }
-    float* h_at(int64_t s, int64_t i) const {
-      return f.h_.data() + ((s & 1) * problem.batch + i) * f.h_stride_;
+    int64_t state_at(int64_t s, int64_t i) const { return ((s & 1) * problem.batch + i) * f.h_stride_; }
+    float* h_at(int64_t s, int64_t i) const { return f.h_.data() + state_at(s, i); }
+    float* operand_at(int64_t s, int64_t i) const {
+      return (problem.recurrent_mask ? f.h_masked_.data() : f.h_.data()) + state_at(s, i);
+    }
+    void store_h(int64_t s, int64_t i, int64_t unit, Vec h) const {
+      store(h_at(s, i) + unit, h);
+      if (problem.recurrent_mask) {
+        const float* mask = problem.recurrent_mask + entry(i) * problem.hidden_size + unit;
+        store(operand_at(s, i) + unit, h * load(mask, problem.hidden_size - unit));
+      }
     }
     float* c_at(int64_t i) const { return f.c_.data() + i * f.h_stride_; }
     int64_t first_unit() const { return p0 * P::kUnits; }
@@ -157,9 +174,10 @@ class Forward {
       for (int64_t i = from; i < to; ++i) {
         const bool zero = is_reset(time(s), i);
         const int64_t at = entry(i) * problem.hidden_size;
-        for (int64_t u = first_unit(); u < last_unit(); ++u) {
-          h_at(s, i)[u] = zero || !args.h0 ? 0.0f : args.h0[at + u];
-          if (kLstm) c_at(i)[u] = zero || !args.c0 ? 0.0f : args.c0[at + u];
+        for (int64_t u = first_unit(); u < last_unit(); u += kLanes) {
+          const int64_t count = problem.hidden_size - u;
+          store_h(s, i, u, zero || !args.h0 ? Vec{} : load(args.h0 + at + u, count));
+          if (kLstm) store(c_at(i) + u, zero || !args.c0 ? Vec{} : load(args.c0 + at + u, count));
         }
       }
     }
@@ -176,7 +194,7 @@ class Forward {
     }
 
     int64_t chunk_end(int64_t s) const {
-      int64_t rows = active(time(s)) - r0, stop = s + 1;
+      int64_t rows = larger(0, active(time(s)) - r0), stop = s + 1;
       while (stop < problem.steps && stop - s < kChunkRows) {
         rows += larger(0, active(time(stop)) - r0);
         if (rows > f.block_rows_) break;
@@ -277,7 +295,7 @@ class Forward {
         alignas(64) float product[kFewRows * kGroup * P::kWidth];
         const int64_t rows = to - from;
         if (rows <= 0) return;
-        prefetch_rows(h_at(s, from), f.h_stride_, rows, problem.hidden_size);
+        prefetch_rows(operand_at(s, from), f.h_stride_, rows, problem.hidden_size);
         for (int64_t p = p0; p < p1; p += kGroup) {
           const int64_t count = smaller(kGroup, p1 - p);
           for (int64_t q = 0; q < count;)
@@ -300,7 +318,7 @@ class Forward {
     // product[panel][row][kWidth] = h W_hh^T for `rows` rows and panel p, or two panels below `limit`; returns how many.
     int64_t multiply(int64_t s, int64_t p, int64_t limit, int64_t i, int64_t rows, float* product) const {
       const int64_t k_size = problem.hidden_size, panel_stride = k_size * P::kWidth;
-      const float *a = h_at(s, i), *b = args.weight_hh + p * panel_stride;
+      const float *a = operand_at(s, i), *b = args.weight_hh + p * panel_stride;
       if constexpr (panels_at_once<P::NV>(1) == 2) {
         if (panels_at_once<P::NV>(rows) == 2 && p + 2 <= limit) {
           two_panels<P::NV>(rows, k_size, a, f.h_stride_, b, panel_stride, product);
@@ -331,10 +349,13 @@ class Forward {
         for (int64_t row = 0; row < rows; ++row) {
           LstmGates<Vec> gates{pre(row, 0, 0), pre(row, 0, 1), pre(row, 0, 2), pre(row, 0, 3)};
           float* state = c_at(from + row) + p * kLanes;
-          Vec c = load(state);
+          const Vec c_previous = load(state);
+          Vec c = c_previous;
           lstm_cell_state(gates, c);
-          store(state, c);
           store(product + row * P::kWidth, gates.o);
+          store(product + row * P::kWidth + kLanes, c);
+          if (f.zoneout_.used()) c = f.zoneout_.row(1, t, entry(from + row)).apply(p * kLanes, c, c_previous);
+          store(state, c);
           if (args.saved) {
             float* saved = saved_at(from + row);
             store(saved, gates.i);
@@ -371,8 +392,8 @@ class Forward {
           Vec h;
           if constexpr (kLstm) {
             const Vec c = load(c_at(i) + unit);
-            h = lstm_output(load(gates), c);
-            if (args.saved) store(args.c_all + y_at + unit, c, count);
+            h = lstm_output(load(gates), load(gates + kLanes));
+            if (args.c_all) store(args.c_all + y_at + unit, c, count);
             if (last) store(args.c_n + b * hidden + unit, c, count);
             if (reset) store(c_at(i) + unit, Vec{});
           } else if constexpr (cell == Cell::gru) {
@@ -381,10 +402,12 @@ class Forward {
             if (args.saved) store(saved_at(i) + 2 * kLanes, n);
           } else {
             h = rnn_forward<cell>(pre(row, vector, 0));
+            if (args.saved) store(saved_output(problem, args.saved, t, i) + unit, h);
           }
+          if (f.zoneout_.used()) h = f.zoneout_.row(0, t, b).apply(unit, h, load(h_at(s, i) + unit));
           store(args.y + y_at + unit, h, count);
           if (last) store(args.h_n + b * hidden + unit, h, count);
-          if (more) store(h_at(s + 1, i) + unit, reset ? Vec{} : h);
+          if (more) store_h(s + 1, i, unit, reset ? Vec{} : h);
         }
       }
     }
@@ -396,7 +419,8 @@ class Forward {
   const Deal deal_;
   mutable Barrier barrier_;
   const int64_t h_stride_, block_rows_, slot_panels_, slot_floats_;
-  const Scratch h_, c_, scratch_;
+  const Zoneout zoneout_;
+  const Scratch h_, h_masked_, c_, scratch_;  // h_masked_: what W_hh multiplies, where a mask makes it differ from h
 };
 
 }  // namespace

@@ -12,7 +12,8 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// Where the sums of a tile start: rows of leading dimension ld (0: one row for all, as a bias), or from zero.
+// What a tile's sums are added to: rows of leading dimension ld (0: one row for all, as a bias), or nothing. Added at the
+// end, so that the many roundings are of the short sum and few are of the long one.
 struct Start {
   const float* rows;
   int64_t ld;
@@ -27,18 +28,10 @@ inline __attribute__((always_inline)) void tile(int64_t k_size, const float* a, 
                                                 int64_t ldb, int64_t panel_stride, Start start, float* c,
                                                 int64_t ldc, int64_t c_panel_stride) {
   Vec acc[MR][NP * NV];
-  if (start.rows) {
 #pragma GCC unroll 16
-    for (int m = 0; m < MR; ++m)
+  for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 8
-      for (int v = 0; v < NP * NV; ++v)
-        acc[m][v] = load(start.rows + m * start.ld + (v / NV) * c_panel_stride + (v % NV) * kLanes);
-  } else {
-#pragma GCC unroll 16
-    for (int m = 0; m < MR; ++m)
-#pragma GCC unroll 8
-      for (int v = 0; v < NP * NV; ++v) acc[m][v] = Vec{};
-  }
+    for (int v = 0; v < NP * NV; ++v) acc[m][v] = Vec{};
 
   auto step = [&](int64_t k) __attribute__((always_inline)) {
     Vec row[NP * NV];
@@ -65,6 +58,13 @@ inline __attribute__((always_inline)) void tile(int64_t k_size, const float* a, 
   }
   for (; k < k_size; ++k) step(k);
 
+  if (start.rows) {
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 8
+      for (int v = 0; v < NP * NV; ++v)
+        acc[m][v] += load(start.rows + m * start.ld + (v / NV) * c_panel_stride + (v % NV) * kLanes);
+  }
 #pragma GCC unroll 16
   for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 8
@@ -119,7 +119,7 @@ inline void two_panels(int64_t rows, int64_t k_size, const float* a, int64_t lda
   call(k_size, a, lda, b, kWidth, panel_stride, kZero, out, kWidth, rows * kWidth);
 }
 
-// Continues a sum that earlier passes over k left in c.
+// Adds to what earlier passes over k left in c.
 inline Start resume(bool resumed, const float* c, int64_t ldc) { return resumed ? Start{c, ldc} : kZero; }
 
 // Balanced row tiles: 16 rows of at most 6 are 6 + 5 + 5, never 6 + 6 + 4.

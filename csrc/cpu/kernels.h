@@ -44,8 +44,9 @@ void pack_backward(Cell cell, int64_t hidden_size, int64_t columns, bool hidden,
             [&](auto tag) { pack_backward_panels<tag.cell>(hidden_size, columns, hidden, weight, packed, threads); });
 }
 
-int64_t saved_size(Cell cell, int64_t rows, int64_t hidden_size) {
-  return rows * ceil_div(hidden_size, kLanes) * saved_count(cell) * kLanes;
+int64_t saved_size(Cell cell, int64_t rows, int64_t hidden_size, bool zoneout_expected) {
+  const int64_t per_unit = saved_count(cell) == 0 && zoneout_expected ? 1 : saved_count(cell);
+  return rows * ceil_div(hidden_size, kLanes) * per_unit * kLanes;
 }
 
 void forward(const Problem& problem, const ForwardArgs& args, int threads) {

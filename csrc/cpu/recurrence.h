@@ -24,6 +24,10 @@ struct Problem {
   const int64_t* order;     // [B], or null: row i is batch entry i
   const uint8_t* resets;    // [T, B] by the strides below, or null
   int64_t reset_stride_t, reset_stride_b;
+  float zoneout;        // probability; in expectation unless random
+  bool zoneout_random;
+  uint64_t zoneout_seed;
+  const float* recurrent_mask;  // [B, H] or null
 };
 
 struct ForwardArgs {
@@ -39,8 +43,8 @@ struct ForwardArgs {
   Rows y_rows;
   float* h_n;    // [B, H]
   float* c_n;    // [B, H], LSTM
-  float* saved;  // [rows, panels, saved_count*lanes], or null in inference
-  float* c_all;  // like y, LSTM; null in inference
+  float* saved;  // [rows, panels, saved_count*lanes], or null in inference; the RNN's see saved_output
+  float* c_all;  // like y, LSTM, or null
 };
 
 struct BackwardArgs {
@@ -48,6 +52,8 @@ struct BackwardArgs {
   Rows dy_rows;
   const float* dh_n;  // [B, H] or null
   const float* dc_n;  // [B, H] or null
+  const float* dc_all;  // [T, B, H] or null
+  Rows dc_all_rows;
   const float* x;
   Rows x_rows;
   const float* weight_ih;  // packed by pack_backward; null: dx is the gradient of the pre-activations
@@ -118,7 +124,7 @@ struct Kernels {
                         int threads);
   uint64_t (*checksum)(const float* data, int64_t size, int threads);
 
-  int64_t (*saved_size)(Cell, int64_t rows, int64_t hidden_size);
+  int64_t (*saved_size)(Cell, int64_t rows, int64_t hidden_size, bool zoneout_expected);
   void (*forward)(const Problem&, const ForwardArgs&, int threads);
   void (*backward)(const Problem&, const BackwardArgs&, int threads);
   void (*step)(const Problem&, const StepArgs&, int threads);

@@ -86,13 +86,16 @@ inline __attribute__((always_inline)) Vec sigmoid(Vec x) {
   return 1.0f / (e.scale * e.remainder + (e.scale + 1.0f));
 }
 
-// By expm1, so that small arguments keep their relative accuracy: tanh |x| = m / (m + 2), m = exp(2|x|) - 1.
+// By expm1, so that small arguments keep their relative accuracy: with m = exp(2|x|) - 1, tanh |x| = m / (m + 2), and for
+// large ones 1 - 2 / (m + 2), where the rounding of m + 2 would cost an ulp that 1 - tanh^2 of the gradient magnifies.
 inline __attribute__((always_inline)) Vec tanh(Vec x) {
   const VecInt sign = bits(x) & static_cast<int32_t>(0x80000000u);
   const Vec y = from_bits(bits(x) ^ sign);
   const Reduced e = reduce_exp(at_most(20.0f, y + y));
   const Vec m = e.scale * e.remainder + (e.scale - 1.0f);
-  return from_bits(bits(m / (m + 2.0f)) | sign);
+  const VecInt large = m > 2.0f;
+  const Vec ratio = (large ? splat(2.0f) : m) / (m + 2.0f);
+  return from_bits(bits(large ? 1.0f - ratio : ratio) | sign);
 }
 
 }  // namespace

@@ -186,7 +186,7 @@ void step_gradients(const Problem& problem, const StepBackwardArgs& args, int64_
     if constexpr (cell == Cell::lstm) {
       LstmGates<Vec> gates{load(saved), load(saved + kLanes), load(saved + 2 * kLanes), load(saved + 3 * kLanes)};
       Vec dc = optional(args.dc);
-      lstm_backward(gates, optional(args.c0), load(args.c + at, count), dh, dc);
+      lstm_backward(gates, optional(args.c0), dh, dc);
       store(out, gates.i, count);
       store(out + hidden, gates.f, count);
       store(out + 2 * hidden, gates.g, count);
@@ -253,7 +253,7 @@ void step_backward(const Problem& problem, const StepBackwardArgs& args, int thr
       auto add = [&](float* dbias, int gate) {
         if (!dbias || gate < 0) return;
         for (int64_t m = from; m < last; ++m) {
-          float sum = 0;
+          double sum = 0;
           for (int64_t b = 0; b < batch; ++b) sum += part[b * stride + m];
           dbias[gate * hidden + m] = sum;
         }

@@ -34,7 +34,8 @@ class Choice:
         lines = [f"{self.call}: {self.picked} (backend={self.asked!r})"]
         for name in NAMES:
             if name != self.picked:
-                reasons = self.against.get(name) or [f"{self.picked!r} comes first"]
+                first = f"{self.picked!r} {'comes first' if self.asked == 'auto' else 'was asked for'}"
+                reasons = self.against.get(name) or [first]
                 lines += [f"  not {name}: {reason}" for reason in reasons]
         return "\n".join(lines)
 

@@ -16,7 +16,7 @@ from fastrnn.backends.call import RecurrenceCall
 CELL_INDEX = {"rnn_tanh": 0, "rnn_relu": 1, "lstm": 2, "gru": 3}
 
 # Options of a call that the kernels have.
-KERNEL_OPTIONS = frozenset({"lengths", "resets"})
+KERNEL_OPTIONS = frozenset({"lengths", "resets", "zoneout", "recurrent_mask", "return_cell_states"})
 
 # Panels of weights, kept as long as the weight lives: (cell, hidden) -> PackedWeight.
 _packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -31,17 +31,32 @@ def reasons_against(call: RecurrenceCall) -> list[str]:
         reasons.append(f"the tensors are on {call.x.device}, not on the CPU")
     elif call.x.dtype is not torch.float32:
         reasons.append(f"the tensors are {call.x.dtype}; the kernels compute in torch.float32")
+    # While a graph is traced, or another dispatch mode is on, fake tensors stand in for plain ones.
+    any_type = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
     for name, tensor in call.tensors().items():
         if tensor.layout is not torch.strided:
             reasons.append(f"{name} has layout {tensor.layout}, not torch.strided")
+        if not (any_type or _is_plain(type(tensor))):
+            reasons.append(f"{name} is a {type(tensor).__name__}, which only torch's own operators understand")
+    if torch._C._get_tracing_state() is not None:
+        reasons.append("torch.jit.trace is at work, which records torch's own operators only")
     reasons += [f"no kernel for {option} yet" for option in call.options() if option not in KERNEL_OPTIONS]
     if call.weight_hr is not None:
         reasons.append("no kernel for proj_size yet")
+    if call.recurrent_mask is not None and call.recurrent_mask.requires_grad:
+        reasons.append("no kernel for the gradient of recurrent_mask")
     if call.weight_hh.shape[0] == 0:
         reasons.append("hidden size 0")
     if torch.is_autocast_enabled("cpu"):
         reasons.append("autocast to lower precision is on; the kernels compute in torch.float32")
     return reasons
+
+
+def _is_plain(cls: type[Tensor]) -> bool:
+    return cls in (Tensor, torch.nn.Parameter) or (
+        cls.__torch_function__ is torch._C._disabled_torch_function_impl
+        and cls.__torch_dispatch__ is torch._C._disabled_torch_dispatch_impl
+    )
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -78,29 +93,34 @@ def workspace(like: Tensor, shape: tuple[int, ...], stride: tuple[int, ...] | No
     return flat.view(shape) if stride is None else flat.as_strided(shape, stride)
 
 
+def _batch(x: Tensor, batch_sizes: Tensor | None) -> int:
+    return x.shape[1] if batch_sizes is None else int(batch_sizes[0])
+
+
 def _layout(
     cell: str,
     x: Tensor,
-    input_size: int,
     hidden: int,
     lengths: Tensor | None,
     batch_sizes: Tensor | None,
     resets: Tensor | None,
+    recurrent_mask: Tensor | None,
+    zoneout: float,
+    zoneout_seed: int | None,
     reverse: bool,
 ) -> Any:
-    steps, batch = x.shape[:2] if batch_sizes is None else (batch_sizes.shape[0], int(batch_sizes[0]))
-    strides = (0, 0) if resets is None else resets.stride()
     return native.load().Layout(  # type: ignore[union-attr]
         CELL_INDEX[cell],
         reverse,
-        steps,
-        batch,
-        input_size,
+        x.shape[0] if batch_sizes is None else batch_sizes.shape[0],
+        _batch(x, batch_sizes),
+        x.shape[-1],
         hidden,
-        _address(lengths),
-        _address(batch_sizes),
-        _address(resets),
-        *strides,
+        *map(_address, (lengths, batch_sizes, resets)),
+        (0, 0) if resets is None else resets.stride(),
+        zoneout,
+        zoneout_seed,
+        _address(recurrent_mask),
     )
 
 
@@ -121,8 +141,12 @@ def _pack(weight: Tensor, cell: str, gates: int, hidden_weight: bool, backward: 
     return packed
 
 
-def _is_step(x: Tensor, lengths: Tensor | None, batch_sizes: Tensor | None) -> bool:
-    return x.dim() == 3 and x.shape[0] == 1 and lengths is None and batch_sizes is None
+def _is_step(
+    x: Tensor, lengths: Tensor | None, batch_sizes: Tensor | None, recurrent_mask: Tensor | None, zoneout: float
+) -> bool:
+    """Whether the kernels for a single step, which read torch's weight layout, can compute the call."""
+    plain = lengths is None and batch_sizes is None and recurrent_mask is None and zoneout == 0
+    return plain and x.shape[0] == 1
 
 
 def _reset_state(state: Tensor | None, resets: Tensor | None) -> Tensor | None:
@@ -141,27 +165,41 @@ def forward(
     lengths: Tensor | None,
     batch_sizes: Tensor | None,
     resets: Tensor | None,
+    recurrent_mask: Tensor | None,
+    zoneout: float,
+    zoneout_seed: int | None,
     reverse: bool,
     save: bool,
+    cell_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """y, h_n, c_n, and, with `save`, what the backward pass needs: saved activations and every c_t (else empty)."""
+    """y, h_n, c_n, and what the backward pass needs with `save` (else empty): saved activations and every c_t.
+
+    Every c_t also comes with `cell_states`, then as a tensor that may be handed to the user.
+    """
     library: Any = native.load()
     hidden = weight_hh.shape[1]
     gates = weight_hh.shape[0] // hidden
     x = _with_unit_stride(x)
-    batch = x.shape[1] if batch_sizes is None else int(batch_sizes[0]) if len(batch_sizes) else 0
+    lstm = cell == "lstm"
+    batch = _batch(x, batch_sizes)
     rows = x.shape[0] * x.shape[1] if batch_sizes is None else x.shape[0]
+    expected = zoneout > 0 and zoneout_seed is None
     y = new_like_rows(x, hidden)
     h_n = x.new_empty(batch, hidden)
-    c_n = x.new_empty((batch, hidden) if cell == "lstm" else 0)
-    saved = workspace(x, (library.saved_size(CELL_INDEX[cell], rows, hidden) if save else 0,))
-    c_all = workspace(x, y.shape, y.stride()) if save and cell == "lstm" else x.new_empty(0)
+    c_n = x.new_empty((batch, hidden) if lstm else 0)
+    saved = workspace(x, (library.saved_size(CELL_INDEX[cell], rows, hidden, expected) if save else 0,))
+    if lstm and cell_states:
+        c_all = new_like_rows(x, hidden)
+    else:
+        c_all = workspace(x, y.shape, y.stride()) if lstm and save else x.new_empty(0)
     # Without gradients the weights usually stand still, so that a checksum is worth its time; training changes them.
     reuse = not save
-    bias_ih, bias_hh, h0, c0 = (None if t is None else t.contiguous() for t in (bias_ih, bias_hh, h0, c0))
+    bias_ih, bias_hh, h0, c0, recurrent_mask = (
+        None if t is None else t.contiguous() for t in (bias_ih, bias_hh, h0, c0, recurrent_mask)
+    )
     threads = torch.get_num_threads()
 
-    if _is_step(x, lengths, batch_sizes):
+    if _is_step(x, lengths, batch_sizes, recurrent_mask, zoneout):
         h0, c0 = _reset_state(h0, resets), _reset_state(c0, resets)
         weights = (None if weight_ih is None else weight_ih.contiguous(), weight_hh.contiguous())
         library.step(
@@ -172,18 +210,18 @@ def forward(
             x.data_ptr(),
             x.stride(1),
             *map(_address, (*weights, bias_ih, bias_hh, h0, c0, h_n)),
-            _address(c_n) if cell == "lstm" else 0,
+            _address(c_n) if lstm else 0,
             _address(saved) if save else 0,
             threads,
         )
         y.copy_(h_n[None])
-        if save and cell == "lstm":
+        if c_all.numel():
             c_all.copy_(c_n[None])
         return y, h_n, c_n, saved, c_all
 
-    layout = _layout(cell, x, x.shape[-1], hidden, lengths, batch_sizes, resets, reverse)
+    options = (lengths, batch_sizes, resets, recurrent_mask, zoneout, zoneout_seed, reverse)
     library.forward(
-        layout,
+        _layout(cell, x, hidden, *options),
         x.data_ptr(),
         _time_strides(x),
         None if weight_ih is None else _pack(weight_ih, cell, gates, False, False, reuse),
@@ -191,9 +229,9 @@ def forward(
         *map(_address, (bias_ih, bias_hh, h0, c0, y)),
         _time_strides(y),
         h_n.data_ptr(),
-        _address(c_n) if cell == "lstm" else 0,
-        _address(saved) if save else 0,
-        _address(c_all) if save and cell == "lstm" else 0,
+        _address(c_n) if lstm else 0,
+        _address(saved) if saved.numel() else 0,
+        _address(c_all) if c_all.numel() else 0,
         threads,
     )
     return y, h_n, c_n, saved, c_all
@@ -204,6 +242,7 @@ def backward(
     dy: Tensor | None,
     dh_n: Tensor | None,
     dc_n: Tensor | None,
+    dc_all: Tensor | None,
     x: Tensor,
     weight_ih: Tensor | None,
     weight_hh: Tensor,
@@ -212,6 +251,9 @@ def backward(
     lengths: Tensor | None,
     batch_sizes: Tensor | None,
     resets: Tensor | None,
+    recurrent_mask: Tensor | None,
+    zoneout: float,
+    zoneout_seed: int | None,
     reverse: bool,
     y: Tensor,
     saved: Tensor,
@@ -224,27 +266,29 @@ def backward(
     gates = weight_hh.shape[0] // hidden
     lstm = cell == "lstm"
     x = _with_unit_stride(x)
-    batch = x.shape[1] if batch_sizes is None else int(batch_sizes[0])
+    batch = _batch(x, batch_sizes)
     gradients = _new_gradients(x, weight_hh, batch, needs)
-    dy = None if dy is None else _with_unit_stride(dy)
-    dh_n, dc_n, h0, c0 = (None if t is None else t.contiguous() for t in (dh_n, dc_n, h0, c0))
+    dy, dc_all = (None if t is None else _with_unit_stride(t) for t in (dy, dc_all))
+    dh_n, dc_n, h0, c0, recurrent_mask = (
+        None if t is None else t.contiguous() for t in (dh_n, dc_n, h0, c0, recurrent_mask)
+    )
     dx, dh0, dc0 = gradients[0], gradients[5], gradients[6]
     threads = torch.get_num_threads()
 
-    if _is_step(x, lengths, batch_sizes):
-        dh = dy[0] if dy is not None else None
-        dh = dh_n if dh is None else dh.contiguous() if dh_n is None else dh + dh_n
+    if _is_step(x, lengths, batch_sizes, recurrent_mask, zoneout):
+        dh, dc = _of_one_step(dy, dh_n), _of_one_step(dc_all, dc_n)
+        h0, c0 = _reset_state(h0, resets), _reset_state(c0, resets)
+        weights = (None if weight_ih is None else weight_ih.contiguous(), weight_hh.contiguous())
         library.step_backward(
             CELL_INDEX[cell],
             batch,
             x.shape[-1],
             hidden,
             _address(dh),
-            _address(dc_n) if lstm else 0,
+            _address(dc) if lstm else 0,
             x.data_ptr(),
             x.stride(1),
-            *map(_address, (None if weight_ih is None else weight_ih.contiguous(), weight_hh.contiguous())),
-            *map(_address, (_reset_state(h0, resets), _reset_state(c0, resets) if lstm else None)),
+            *map(_address, (*weights, h0, c0)),
             y.data_ptr(),
             _address(c_all) if lstm else 0,
             saved.data_ptr(),
@@ -255,14 +299,16 @@ def backward(
             if gradient is not None and resets is not None:
                 gradient.masked_fill_(resets[0, :, None], 0)
     else:
-        layout = _layout(cell, x, x.shape[-1], hidden, lengths, batch_sizes, resets, reverse)
         project = weight_ih is not None and dx is not None
+        options = (lengths, batch_sizes, resets, recurrent_mask, zoneout, zoneout_seed, reverse)
         library.backward(
-            layout,
+            _layout(cell, x, hidden, *options),
             _address(dy),
             (0, 0) if dy is None else _time_strides(dy),
             _address(dh_n),
             _address(dc_n) if lstm else 0,
+            _address(dc_all),
+            (0, 0) if dc_all is None else _time_strides(dc_all),
             x.data_ptr(),
             _time_strides(x),
             _pack(weight_ih, cell, gates, False, True, False) if project else None,  # type: ignore[arg-type]
@@ -271,7 +317,7 @@ def backward(
             _address(c0) if lstm else 0,
             y.data_ptr(),
             _time_strides(y),
-            _address(saved),
+            _address(saved) if saved.numel() else 0,
             _address(c_all) if lstm else 0,
             _address(dx),
             (0, 0) if dx is None else _time_strides(dx),
@@ -279,6 +325,13 @@ def backward(
             threads,
         )
     return tuple(x.new_empty(0) if gradient is None else gradient for gradient in gradients)
+
+
+def _of_one_step(sequence: Tensor | None, final: Tensor | None) -> Tensor | None:
+    """The gradient of a state that a single step gives out twice: in the sequence [1, B, H] and as final state [B, H]."""
+    if sequence is None or final is None:
+        return final if sequence is None else sequence[0].contiguous()
+    return sequence[0] + final
 
 
 def _new_gradients(x: Tensor, weight_hh: Tensor, batch: int, needs: list[bool]) -> list[Tensor | None]:
@@ -302,11 +355,16 @@ def fake_forward(
     lengths: Tensor | None,
     batch_sizes: Tensor | None,
     resets: Tensor | None,
+    recurrent_mask: Tensor | None,
+    zoneout: float,
+    zoneout_seed: int | None,
     reverse: bool,
     save: bool,
+    cell_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Shapes, strides and dtypes of `forward`, for tracing."""
-    library: Any = native.load()
+    lanes = native.load().lanes()  # type: ignore[union-attr]
+    lstm = cell == "lstm"
     hidden = weight_hh.shape[1]
     x = _with_unit_stride(x)
     if batch_sizes is None:
@@ -314,15 +372,14 @@ def fake_forward(
     else:
         batch = torch.library.get_ctx().new_dynamic_size() if h0 is None else h0.shape[0]
         rows = x.shape[0]
-    lanes = library.lanes()
-    kept_per_unit = {"lstm": 4, "gru": 4}.get(cell, 0)
+    kept_per_unit = {"lstm": 4, "gru": 4}.get(cell, int(zoneout > 0 and zoneout_seed is None))
     y = new_like_rows(x, hidden)
     return (
         y,
         x.new_empty(batch, hidden),
-        x.new_empty((batch, hidden) if cell == "lstm" else 0),
+        x.new_empty((batch, hidden) if lstm else 0),
         x.new_empty(rows * (-(-hidden // lanes)) * kept_per_unit * lanes if save else 0),
-        new_like_rows(x, hidden) if save and cell == "lstm" else x.new_empty(0),
+        new_like_rows(x, hidden) if lstm and (save or cell_states) else x.new_empty(0),
     )
 
 
@@ -331,6 +388,7 @@ def fake_backward(
     dy: Tensor | None,
     dh_n: Tensor | None,
     dc_n: Tensor | None,
+    dc_all: Tensor | None,
     x: Tensor,
     weight_ih: Tensor | None,
     weight_hh: Tensor,
@@ -339,6 +397,9 @@ def fake_backward(
     lengths: Tensor | None,
     batch_sizes: Tensor | None,
     resets: Tensor | None,
+    recurrent_mask: Tensor | None,
+    zoneout: float,
+    zoneout_seed: int | None,
     reverse: bool,
     y: Tensor,
     saved: Tensor,

@@ -13,6 +13,11 @@ _PROBABILITIES = ("zoneout", "recurrent_dropout", "weight_dropout")
 _FLAGS = ("layer_norm", "residual", "reset_after", "return_cell_states")
 
 
+def check_backend(name: str) -> None:
+    if name not in (*backends.NAMES, "auto"):
+        raise ValueError(f"backend must be one of {', '.join(map(repr, (*backends.NAMES, 'auto')))}, got {name!r}")
+
+
 class WithOptions(torch.nn.Module):
     """Base of fastrnn's recurrent modules, layers and cells: their options and what these do to the parameters.
 
@@ -35,9 +40,8 @@ class WithOptions(torch.nn.Module):
     def _set_options(self, **options: Any) -> None:
         """To be called before torch's constructor, which initialises the parameters and so wants `forget_bias`."""
         for name, value in options.items():
-            if name == "backend" and value not in (*backends.NAMES, "auto"):
-                names = ", ".join(map(repr, (*backends.NAMES, "auto")))
-                raise ValueError(f"backend must be one of {names}, got {value!r}")
+            if name == "backend":
+                check_backend(value)
             if name in _PROBABILITIES and (isinstance(value, bool) or not 0 <= value <= 1):
                 raise ValueError(f"{name} must be a probability in [0, 1], got {value!r}")
             if name in _FLAGS and not isinstance(value, bool):
@@ -77,6 +81,12 @@ class WithOptions(torch.nn.Module):
                 elif name.startswith("bias") and self.forget_bias is not None:
                     # The gates add both biases: the forget bias goes into the first.
                     parameter.chunk(4)[1].fill_(self.forget_bias if name.startswith("bias_ih") else 0)
+
+    def __prepare_scriptable__(self) -> None:
+        raise TypeError(
+            "torch.jit.script compiles torch.nn's modules only: fastrnn.restore(model) turns accelerated modules back, "
+            "and torch.compile and torch.export take fastrnn's as they are"
+        )
 
     def extra_repr(self) -> str:
         names = [name for name in WithOptions.__annotations__ if name != "_cell"]

@@ -257,12 +257,21 @@ def run_on(call: RecurrenceCall, picked: str) -> tuple[Tensor, Tensor, Tensor | 
     lengths = None if call.lengths is None else call.lengths.to("cpu", torch.int64).contiguous()
     batch_sizes = None if call.batch_sizes is None else call.batch_sizes.contiguous()
     inputs = (call.x, call.weight_ih, call.weight_hh, call.bias_ih, call.bias_hh, call.h0, call.c0)
-    others = (lengths, batch_sizes, call.resets)
+    options = (
+        lengths,
+        batch_sizes,
+        call.resets,
+        call.recurrent_mask,
+        call.zoneout,
+        call.zoneout_seed,
+        call.reverse,
+    )
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs):
-        y, h_n, c_n = _Recurrence.apply(call.cell, call.reverse, *inputs, *others)
+        y, h_n, c_n, c_all = _Recurrence.apply(call.cell, call.return_cell_states, *inputs, *options)
     else:
-        y, h_n, c_n, _, _ = _forward(call.cell, *inputs, *others, call.reverse, False)
-    return y, h_n, c_n if call.cell == "lstm" else None, None
+        y, h_n, c_n, _, c_all = _forward(call.cell, *inputs, *options, False, call.return_cell_states)
+    lstm = call.cell == "lstm"
+    return y, h_n, c_n if lstm else None, c_all if lstm and call.return_cell_states else None
 
 
 def _use_registered_op() -> bool:
@@ -280,58 +289,57 @@ def _backward(*args: Any) -> tuple[Tensor, ...]:
 
 class _Recurrence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, cell: str, reverse: bool, *tensors: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        y, h_n, c_n, saved, c_all = _forward(cell, *tensors, reverse, True)
-        ctx.cell, ctx.reverse = cell, reverse
+    def forward(ctx: Any, cell: str, cell_states: bool, *arguments: Any) -> tuple[Tensor | None, ...]:
+        y, h_n, c_n, saved, c_all = _forward(cell, *arguments, True, cell_states)
+        ctx.cell, ctx.scalars = cell, arguments[11:]
         # A copy of y, so that the caller may work on y in place as with torch.nn (0.2 % of a training step).
         kept = y.clone() if _use_registered_op() else cpu.workspace(y, y.shape, y.stride()).copy_(y)
-        ctx.save_for_backward(*tensors, kept, saved, c_all)
+        ctx.save_for_backward(*arguments[:11], kept, saved, c_all)
         ctx.set_materialize_grads(False)
         if cell != "lstm":
             ctx.mark_non_differentiable(c_n)
-        return y, h_n, c_n
+        return y, h_n, c_n, c_all if cell_states and cell == "lstm" else None
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None) -> tuple[Any, ...]:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         *tensors, y, saved, c_all = ctx.saved_tensors
         needs = ctx.needs_input_grad[2:9]
-        gradients = (dy, dh_n, dc_n if ctx.cell == "lstm" else None)
+        if ctx.cell != "lstm":
+            gradients = (*gradients[:2], None, None)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            found = _differentiable_gradients(ctx.cell, ctx.reverse, tensors, gradients, needs)
+            found = _differentiable_gradients(ctx.cell, tensors, ctx.scalars, gradients, needs)
         else:
-            found = _first_order_gradients(ctx.cell, ctx.reverse, tensors, gradients, (y, saved, c_all), needs)
-        return None, None, *found, None, None, None
-
-
-def _first_order_gradients(
-    cell: str,
-    reverse: bool,
-    tensors: list[Tensor | None],
-    gradients: tuple[Tensor | None, ...],
-    kept: tuple[Tensor, Tensor, Tensor],
-    needs: tuple[bool, ...],
-) -> list[Tensor | None]:
-    x, weight_ih, weight_hh, _, _, h0, c0, lengths, batch_sizes, resets = tensors
-    found = _backward(
-        cell, *gradients, x, weight_ih, weight_hh, h0, c0, lengths, batch_sizes, resets, reverse, *kept, list(needs)
-    )
-    return [gradient if need else None for gradient, need in zip(found, needs, strict=True)]
+            x, weight_ih, weight_hh, _, _, h0, c0, *options = tensors
+            kept = (y, saved, c_all, list(needs))
+            inputs = (x, weight_ih, weight_hh, h0, c0)
+            all_found = _backward(ctx.cell, *gradients, *inputs, *options, *ctx.scalars, *kept)
+            found = [gradient if need else None for gradient, need in zip(all_found, needs, strict=True)]
+        return None, None, *found, *[None] * 7
 
 
 def _differentiable_gradients(
     cell: str,
-    reverse: bool,
     tensors: list[Tensor | None],
+    scalars: tuple[Any, ...],
     gradients: tuple[Tensor | None, ...],
     needs: tuple[bool, ...],
 ) -> list[Tensor | None]:
     """The gradients as differentiable functions of everything (create_graph=True): by way of the reference."""
-    *inputs, lengths, batch_sizes, resets = tensors
+    *inputs, lengths, batch_sizes, resets, recurrent_mask = tensors
+    zoneout, zoneout_seed, reverse = scalars
     with torch.enable_grad():
         call = RecurrenceCall(
-            cell, *inputs, lengths=lengths, batch_sizes=batch_sizes, resets=resets, reverse=reverse  # type: ignore[arg-type]
+            cell,
+            *inputs,  # type: ignore[arg-type]
+            lengths=lengths,
+            batch_sizes=batch_sizes,
+            resets=resets,
+            recurrent_mask=recurrent_mask,
+            zoneout=zoneout,
+            zoneout_seed=zoneout_seed,
+            reverse=reverse,
         )
-        outputs = reference.run(call)[:3]
+        outputs = reference.run(call)
         pairs = [(o, g) for o, g in zip(outputs, gradients, strict=True) if o is not None and g is not None]
         wanted = [tensor for tensor, need in zip(inputs, needs, strict=True) if need]
         found = iter(
@@ -344,17 +352,17 @@ def _differentiable_gradients(
 
 _INPUTS = (
     "Tensor x, Tensor? weight_ih, Tensor weight_hh, {}Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? batch_sizes, "
-    "Tensor? resets, bool reverse, "
+    "Tensor? resets, Tensor? recurrent_mask, float zoneout, int? zoneout_seed, bool reverse, "
 )
 torch.library.define(
     "fastrnn::recurrence_forward",
     "(str cell, "
     + _INPUTS.format("Tensor? bias_ih, Tensor? bias_hh, ")
-    + "bool save) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    + "bool save, bool cell_states) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 torch.library.define(
     "fastrnn::recurrence_backward",
-    "(str cell, Tensor? dy, Tensor? dh_n, Tensor? dc_n, "
+    "(str cell, Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dc_all, "
     + _INPUTS.format("")
     + "Tensor y, Tensor saved, Tensor c_all, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
