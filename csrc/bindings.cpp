@@ -58,7 +58,7 @@ class PackedWeight {
     if (backward) {
       k.pack_backward(cell_, hidden_size_, columns_, hidden_, weight, layout.panels->data(), threads);
     } else {
-      k.pack_forward(cell_, hidden_size_, columns_, weight, layout.panels->data(), threads);
+      k.pack_forward(cell_, hidden_size_, columns_, hidden_, weight, layout.panels->data(), threads);
     }
     layout.source = reuse ? weight : nullptr;
     layout.checksum = checksum;

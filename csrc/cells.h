@@ -12,16 +12,23 @@
 
 namespace fastrnn {
 
-enum class Cell : int { rnn_tanh, rnn_relu, lstm, gru };
+enum class Cell : int { rnn_tanh, rnn_relu, lstm, gru, gru_reset_before };
 
-constexpr int gate_count(Cell cell) { return cell == Cell::lstm ? 4 : cell == Cell::gru ? 3 : 1; }
+constexpr bool is_gru(Cell cell) { return cell == Cell::gru || cell == Cell::gru_reset_before; }
 
-// Values per unit that the backward pass needs besides the states: LSTM i f g o; GRU r z n and W_hn h + b_hn.
-constexpr int saved_count(Cell cell) { return cell == Cell::lstm || cell == Cell::gru ? 4 : 0; }
+constexpr int gate_count(Cell cell) { return cell == Cell::lstm ? 4 : is_gru(cell) ? 3 : 1; }
+
+// Values per unit that the backward pass needs besides the states: LSTM i f g o; GRU r z n and, where the reset comes after
+// the product, W_hn h + b_hn.
+constexpr int saved_count(Cell cell) {
+  return cell == Cell::lstm || cell == Cell::gru ? 4 : cell == Cell::gru_reset_before ? 3 : 0;
+}
 
 // Gradients per unit that the backward pass produces: GRU (n*r, r, z, n), so that the gradient of W_hh h (the first
 // three) and of W_ih x (the last three) are both contiguous.
-constexpr int gradient_count(Cell cell) { return cell == Cell::lstm || cell == Cell::gru ? 4 : 1; }
+constexpr int gradient_count(Cell cell) {
+  return cell == Cell::lstm || cell == Cell::gru ? 4 : cell == Cell::gru_reset_before ? 3 : 1;
+}
 
 namespace {
 
@@ -99,6 +106,22 @@ FASTRNN_CELL void gru_backward(GruGates<V>& gates, V h_previous, V& dh) {
   gates.n = dn;
   gates.h_n = dn * r;
   dh = dh * z;
+}
+
+// With the reset before the product the gradient of r needs that of r * h, a product with W_hn that comes between these
+// two. First r, z, n on entry; the gradients of the pre-activations z and n on return, dh as in gru_backward.
+template <class V>
+FASTRNN_CELL void gru_reset_before_backward(V& z, V& n, V h_previous, V& dh) {
+  const V dz = dh * (h_previous - n) * z * (1.0f - z);
+  n = dh * (1.0f - z) * (1.0f - n * n);
+  dh = dh * z;
+  z = dz;
+}
+
+// drh: gradient of r * h. The gradient of r's pre-activation; drh * r goes to h.
+template <class V>
+FASTRNN_CELL V gru_reset_gradient(V r, V h_previous, V drh) {
+  return drh * h_previous * r * (1.0f - r);
 }
 
 }  // namespace

@@ -62,6 +62,7 @@ struct GradientBlock {
 
 template <Cell cell>
 constexpr GradientBlock gradient_block(int block) {
+  // gru_reset_before: the rows of W_hn pair with r * h and not with h, see Slot::weight_gradients.
   if (cell == Cell::gru) return block == 0 ? GradientBlock{2, -1} : GradientBlock{block < 3 ? block - 1 : -1, block - 1};
   return {block, block};
 }
@@ -73,7 +74,7 @@ inline int64_t outer_depth(int64_t hidden_size) { return hidden_size <= 64 ? 64 
 template <Cell cell>
 class Backward {
   using P = Panel<cell>;
-  static constexpr bool kLstm = cell == Cell::lstm, kGru = cell == Cell::gru;
+  static constexpr bool kLstm = cell == Cell::lstm, kGru = is_gru(cell), kResetBefore = cell == Cell::gru_reset_before;
   static constexpr int kGates = gate_count(cell), kBlocks = gradient_count(cell);
   static constexpr int kTile = max_rows<2>();
 
@@ -82,7 +83,7 @@ class Backward {
       : problem_(problem),
         args_(args),
         panels_(ceil_div(problem.hidden_size, kColumns)),
-        saved_panels_(P::count(problem.hidden_size)),
+        vectors_(ceil_div(problem.hidden_size, kLanes)),
         x_panels_(args.weight_ih || args.dweight_ih ? ceil_div(problem.input_size, kColumns) : 0),
         deal_(deal_recurrence(problem, panels_, threads)),
         barrier_(deal_.slots),
@@ -98,7 +99,7 @@ class Backward {
         h_carry_(kGru || zoneout_.used() ? problem.batch * state_stride_ : 0),
         c_carry_(kLstm ? problem.batch * state_stride_ : 0),
         sums_(2 * kBlocks * problem.hidden_size),
-        right_((panels_ + x_panels_) * kColumns * chunk_rows_),
+        right_((panels_ + x_panels_ + (kResetBefore ? panels_ : 0)) * kColumns * chunk_rows_),
         scratch_(deal_.slots * slot_floats_) {}
 
   void run() {
@@ -168,6 +169,10 @@ class Backward {
         for (int64_t step = s; step >= low; --step) {
           float* current = chunk + (problem.row_base[time(step)] - base) * f.gradient_stride_;
           recur(step, next, current);
+          if constexpr (kResetBefore) {
+            if (!f.deal_.by_rows) wait();
+            recur_reset(step, current);
+          }
           rows += active_at(step);
           next = current;
           if (!f.deal_.by_rows || step == low) wait();
@@ -222,13 +227,19 @@ class Backward {
 
     // out[panel][row][kColumns] = dG_{s+1} W_hh for panel p, or two panels below `limit`; returns how many.
     int64_t multiply(int64_t p, int64_t limit, int64_t from, int64_t to, const float* next, float* out) const {
-      const int64_t rows = to - from, k_size = kGates * problem.hidden_size, panel_stride = k_size * kColumns;
+      const int64_t rows = to - from, hidden = problem.hidden_size, panel_stride = kGates * hidden * kColumns;
+      const int64_t k_size = (kResetBefore ? 2 : kGates) * hidden;  // W_hn does not meet h there
       if (rows <= 0) return 1;
       const float *a = next + from * f.gradient_stride_, *b = args.weight_hh + p * panel_stride;
       if (panels_at_once<2>(rows) == 2 && p + 2 <= limit) {
         two_panels<2>(rows, k_size, a, f.gradient_stride_, b, panel_stride, out);
         return 2;
       }
+      multiply_rows_by_panel(rows, k_size, a, b, out);
+      return 1;
+    }
+
+    void multiply_rows_by_panel(int64_t rows, int64_t k_size, const float* a, const float* b, float* out) const {
       const RowTiles tiles(rows, kTile);
       for (int64_t k = 0; k < k_size; k += kDepth)
         for (int64_t i = 0; i < tiles.count; ++i) {
@@ -237,7 +248,41 @@ class Backward {
                               a + tiles.begin(i) * f.gradient_stride_ + k, f.gradient_stride_, b + k * kColumns,
                               kColumns, resume(k > 0, c, kColumns), c, kColumns);
         }
-      return 1;
+    }
+
+    // The second half of a step with the reset before the product: from dn to d(r * h) = dn W_hn, to dr and h_{t-1}.
+    void recur_reset(int64_t s, float* current) const {
+      const int64_t hidden = problem.hidden_size, t = time(s), last = smaller(r1, active_at(s));
+      for (int64_t p = p0; p < p1 && r0 < last; ++p) {
+        multiply_rows_by_panel(last - r0, hidden, current + r0 * f.gradient_stride_ + 2 * hidden,
+                               args.weight_hh + (p * kGates + 2) * hidden * kColumns, product);
+        for (int64_t i = r0; i < last; ++i)
+          for (int vector = 0; vector < 2; ++vector) {
+            const int64_t unit = p * kColumns + vector * kLanes, count = hidden - unit;
+            if (count <= 0) break;
+            const float* mask = problem.recurrent_mask ? problem.recurrent_mask + entry(i) * hidden + unit : nullptr;
+            const Vec r = load(saved_at(t, i, unit));
+            Vec drh = load(product + (i - r0) * kColumns + vector * kLanes), h = state_before(args.y, args.h0, s, i, unit);
+            if (mask) h = h * load(mask, count);
+            store(current + i * f.gradient_stride_ + unit, gru_reset_gradient(r, h, drh), count);
+            drh = drh * r;
+            if (mask) drh = drh * load(mask, count);
+            if (!is_reset(s, i)) store(h_carry_at(i) + unit, load(h_carry_at(i) + unit) + drh);
+          }
+      }
+    }
+
+    const float* saved_at(int64_t t, int64_t i, int64_t unit) const {
+      return args.saved + ((problem.row_base[t] + i) * f.vectors_ + unit / kLanes) * (saved_count(cell) * kLanes);
+    }
+
+    // The state that row i had before step s: of a sequence of states `all` (laid out as y) that began with `initial`.
+    Vec state_before(const float* all, const float* initial, int64_t s, int64_t i, int64_t unit) const {
+      const int64_t b = entry(i), count = problem.hidden_size - unit;
+      if (is_reset(s, i)) return Vec{};
+      if (i < active_at(s - 1))
+        return load(all + args.y_rows.offset[time(s - 1)] + b * args.y_rows.stride + unit, count);
+      return initial ? load(initial + b * problem.hidden_size + unit, count) : Vec{};
     }
 
     // The pointwise part for rows [from, last) of step s; rows below `coming` took part in step s + 1.
@@ -245,7 +290,6 @@ class Backward {
                 float* current) const {
       const int64_t hidden = problem.hidden_size, t = s >= 0 ? time(s) : 0, now = active_at(s);
       const bool zoneout = f.zoneout_.used();
-      const int64_t previous = active_at(s - 1);  // rows whose state before step s is a step's output
       for (int64_t i = from; i < last; ++i, recurrent += kColumns) {
         const int64_t b = entry(i);
         const bool cut = i < coming && is_reset(s + 1, i);
@@ -272,14 +316,7 @@ class Backward {
 
           const int64_t y_at = args.y_rows.offset[t] + b * args.y_rows.stride + unit;
           const bool reset = is_reset(s, i);
-          auto state_before = [&](const float* all, const float* initial) __attribute__((always_inline)) {
-            if (reset) return Vec{};
-            if (i < previous)
-              return load(all + args.y_rows.offset[time(s - 1)] + b * args.y_rows.stride + unit, count);
-            return initial ? load(initial + state_at, count) : Vec{};
-          };
-          const float* saved = args.saved + ((problem.row_base[t] + i) * f.saved_panels_ + unit / kLanes) *
-                                                (saved_count(cell) * kLanes);
+          const float* saved = saved_at(t, i, unit);
           float* out = current + i * f.gradient_stride_ + unit;
           Vec dh_old = {};  // what goes to h_{t-1} past the product with W_hh
           if (zoneout) f.zoneout_.row(0, t, b).split(unit, dh, dh, dh_old);
@@ -290,17 +327,23 @@ class Backward {
               dc += load(args.dc_all + args.dc_all_rows.offset[t] + b * args.dc_all_rows.stride + unit, count);
             Vec dc_old = {};
             if (zoneout) f.zoneout_.row(1, t, b).split(unit, dc, dc, dc_old);
-            lstm_backward(gates, state_before(args.c_all, args.c0), dh, dc);
+            lstm_backward(gates, state_before(args.c_all, args.c0, s, i, unit), dh, dc);
             dc += dc_old;
             store(out, gates.i, count);
             store(out + hidden, gates.f, count);
             store(out + 2 * hidden, gates.g, count);
             store(out + 3 * hidden, gates.o, count);
             store(c_carry_at(i) + unit, reset ? Vec{} : dc);
+          } else if constexpr (kResetBefore) {
+            Vec z = load(saved + kLanes), n = load(saved + 2 * kLanes);
+            gru_reset_before_backward(z, n, state_before(args.y, args.h0, s, i, unit), dh);
+            dh_old += dh;
+            store(out + hidden, z, count);
+            store(out + 2 * hidden, n, count);
           } else if constexpr (kGru) {
             GruGates<Vec> gates{load(saved), load(saved + kLanes), load(saved + 2 * kLanes),
                                 load(saved + 3 * kLanes)};
-            gru_backward(gates, state_before(args.y, args.h0), dh);
+            gru_backward(gates, state_before(args.y, args.h0, s, i, unit), dh);
             dh_old += dh;
             store(out, gates.h_n, count);
             store(out + hidden, gates.r, count);
@@ -323,36 +366,35 @@ class Backward {
         for (int64_t i = 0; i < active_at(s); ++i) function(problem.row_base[time(s)] - base + i, s, i, time(s));
     }
 
-    // This thread's share of the right-hand side of dW: [h_{t-1} | x], in panels [rows][kColumns].
+    // This thread's share of the right-hand side of dW: [h_{t-1} | x], in panels [rows][kColumns]; with the reset before the
+    // product [h_{t-1} | x | r * h_{t-1}].
     void gather_right(int64_t low, int64_t high, int64_t base, int64_t rows) const {
-      auto pack = [&](int64_t panel, int64_t column, int64_t size, const float* from, const float* mask, int64_t row) {
-        for (int vector = 0; vector < 2; ++vector, column += kLanes) {
-          Vec v = from ? load(from + column, size - column) : Vec{};
-          if (mask) v = v * load(mask + column, size - column);
-          store(f.right_.data() + (panel * rows + row) * kColumns + vector * kLanes, v);
-        }
-      };
       if (args.dweight_hh) {
-        for_rows(low, high, base, [&](int64_t row, int64_t s, int64_t i, int64_t) {
-          const float* from = nullptr;
-          if (!is_reset(s, i)) {
-            if (i < active_at(s - 1)) {
-              from = args.y + args.y_rows.offset[time(s - 1)] + entry(i) * args.y_rows.stride;
-            } else if (args.h0) {
-              from = args.h0 + entry(i) * problem.hidden_size;
-            }
-          }
+        for_rows(low, high, base, [&](int64_t row, int64_t s, int64_t i, int64_t t) {
           const float* mask =
               problem.recurrent_mask ? problem.recurrent_mask + entry(i) * problem.hidden_size : nullptr;
           for (int64_t p = share(f.panels_, begin); p < share(f.panels_, end); ++p)
-            pack(p, p * kColumns, problem.hidden_size, from, mask, row);
+            for (int vector = 0; vector < 2; ++vector) {
+              const int64_t unit = p * kColumns + vector * kLanes, count = problem.hidden_size - unit;
+              Vec h = count > 0 ? state_before(args.y, args.h0, s, i, unit) : Vec{};
+              if (mask && count > 0) h = h * load(mask + unit, count);
+              store(f.right_.data() + (p * rows + row) * kColumns + vector * kLanes, h);
+              if constexpr (kResetBefore) {
+                if (count > 0) h = h * load(saved_at(t, i, unit));
+                store(f.right_.data() + ((f.panels_ + f.x_panels_ + p) * rows + row) * kColumns + vector * kLanes, h);
+              }
+            }
         });
       }
       if (args.dweight_ih) {
         for_rows(low, high, base, [&](int64_t row, int64_t, int64_t i, int64_t t) {
           const float* from = args.x + args.x_rows.offset[t] + entry(i) * args.x_rows.stride;
           for (int64_t p = share(f.x_panels_, begin); p < share(f.x_panels_, end); ++p)
-            pack(f.panels_ + p, p * kColumns, problem.input_size, from, nullptr, row);
+            for (int vector = 0; vector < 2; ++vector) {
+              const int64_t column = p * kColumns + vector * kLanes;
+              store(f.right_.data() + ((f.panels_ + p) * rows + row) * kColumns + vector * kLanes,
+                    load(from + column, problem.input_size - column));
+            }
         });
       }
     }
@@ -394,21 +436,23 @@ class Backward {
     }
 
     void weight_gradients(int64_t rows, bool first) const {
-      const int64_t panel_stride = rows * kColumns, all = f.panels_ + f.x_panels_;
+      const int64_t panel_stride = rows * kColumns, inputs = f.panels_ + f.x_panels_;
+      const int64_t all = inputs + (kResetBefore ? f.panels_ : 0);
       const int64_t most = outer_depth(problem.hidden_size);
       for (int64_t k = 0; k < rows; k += most) {
         const int64_t depth = smaller(most, rows - k);
         for (int64_t panel = 0; panel < all;) {
-          const bool hidden = panel < f.panels_;
-          const int64_t taken = smaller(kBlockPanels, (hidden ? f.panels_ : all) - panel);
-          const int64_t column = (hidden ? panel : panel - f.panels_) * kColumns;
+          const bool hidden = panel < f.panels_ || panel >= inputs, reset_h = panel >= inputs;
+          const int64_t stop = panel < f.panels_ ? f.panels_ : reset_h ? all : inputs;
+          const int64_t taken = smaller(kBlockPanels, stop - panel);
+          const int64_t column = (panel - (reset_h ? inputs : hidden ? 0 : f.panels_)) * kColumns;
           const int64_t size = hidden ? problem.hidden_size : problem.input_size;
           float* dweight = hidden ? args.dweight_hh : args.dweight_ih;
           if (dweight) {
             for_tiles([&](int block, int64_t tile, int64_t row, int64_t count) {
               const GradientBlock to = gradient_block<cell>(block);
               const int gate = hidden ? to.hidden_gate : to.input_gate;
-              if (gate < 0) return;
+              if (gate < 0 || (kResetBefore && hidden && reset_h != (gate == 2))) return;
               add_outer(count, depth, columns + tile * f.tile_floats_ + k * count,
                         f.right_.data() + panel * panel_stride + k * kColumns, panel_stride, taken, !first || k > 0,
                         dweight + (gate * problem.hidden_size + row) * size + column, size, size - column);
@@ -421,7 +465,7 @@ class Backward {
 
     void input_gradient(int64_t low, int64_t high, int64_t base, const float* chunk, int64_t rows) const {
       if (!args.dx) return;
-      const float* a = chunk + (kGru ? problem.hidden_size : 0);  // the blocks r z n
+      const float* a = chunk + (cell == Cell::gru ? problem.hidden_size : 0);  // the blocks r z n
       const int64_t k_size = kGates * problem.hidden_size;
       if (!args.weight_ih) {
         const int64_t from = share(k_size, begin), size = share(k_size, end) - from;
@@ -466,7 +510,7 @@ class Backward {
 
   const Problem& problem_;
   const BackwardArgs& args_;
-  const int64_t panels_, saved_panels_, x_panels_;
+  const int64_t panels_, vectors_, x_panels_;
   const Deal deal_;
   mutable Barrier barrier_;
   const int64_t chunk_rows_, gradient_stride_, state_stride_, tiles_, tile_floats_, slot_floats_;

@@ -47,7 +47,7 @@ inline Float* saved_output(const Problem& problem, Float* saved, int64_t t, int6
 template <Cell cell>
 class Forward {
   using P = Panel<cell>;
-  static constexpr bool kLstm = cell == Cell::lstm;
+  static constexpr bool kLstm = cell == Cell::lstm, kResetBefore = cell == Cell::gru_reset_before;
   static constexpr int kMaxRows = max_rows<P::NV>();
 
  public:
@@ -65,7 +65,8 @@ class Forward {
         zoneout_(problem),
         h_(2 * problem.batch * h_stride_),
         h_masked_(problem.recurrent_mask ? 2 * problem.batch * h_stride_ : 0),
-        c_(kLstm ? problem.batch * h_stride_ : 0),
+        c_(kLstm || kResetBefore ? problem.batch * h_stride_ : 0),
+        reset_h_(kResetBefore ? problem.batch * h_stride_ : 0),
         scratch_(deal_.slots * slot_floats_) {}
 
   void run() {
@@ -289,6 +290,7 @@ class Forward {
 
     // Step s for rows [from, to), whose input parts start at row `base` of the current chunk.
     void recur(int64_t s, int64_t from, int64_t to, int64_t base) const {
+      if constexpr (kResetBefore) return recur_reset_before(s, from, to, base);
       auto x_part = [&](int64_t p, int64_t row) { return gates_x + ((p - p0) * chunk_rows + base + row) * P::kWidth; };
       if (to - from <= kFewRows) {
         // The chain of activations is long: with few rows it must overlap across panels (0.6 -> 0.2 us a step).
@@ -315,6 +317,84 @@ class Forward {
         }
     }
 
+    // n needs all of r * h, so that the threads meet in the middle of the step.
+    void recur_reset_before(int64_t s, int64_t from, int64_t to, int64_t base) const {
+      constexpr int kPair = P::kVectors;  // vectors of units in a panel
+      const int64_t size = problem.hidden_size;
+      const RowTiles first(larger(0, to - from), max_rows<2 * kPair>()), second(larger(0, to - from), max_rows<kPair>());
+      auto x_part = [&](int64_t p, int64_t row, int gate) {
+        return gates_x + ((p - p0) * chunk_rows + base + row) * P::kWidth + gate * P::kUnits;
+      };
+      auto reset_h_at = [&](int64_t i) { return f.reset_h_.data() + i * f.h_stride_; };
+
+      for (int64_t p = p0; p < p1; ++p)
+        for (int64_t tile = 0; tile < first.count; ++tile) {
+          const int64_t begin_row = first.begin(tile), rows = first.begin(tile + 1) - begin_row;
+          alignas(64) float product[max_rows<2 * kPair>() * 2 * P::kUnits];
+          multiply_panel<2 * kPair>(rows, size, operand_at(s, from + begin_row), args.weight_hh + p * size * P::kWidth,
+                                    product);
+          for (int64_t row = 0; row < rows; ++row)
+            for (int vector = 0; vector < kPair; ++vector) {
+              const int64_t i = from + begin_row + row, unit = p * P::kUnits + vector * kLanes;
+              if (unit >= size) break;
+              auto gate = [&](int g) __attribute__((always_inline)) {
+                return sigmoid(load(product + (row * 2 + g) * P::kUnits + vector * kLanes) +
+                               load(x_part(p, begin_row + row, g) + vector * kLanes));
+              };
+              const Vec r = gate(0), z = gate(1);
+              store(c_at(i) + unit, z);
+              store(reset_h_at(i) + unit, r * load(operand_at(s, i) + unit));
+              if (args.saved) {
+                store(saved_at(time(s), i, unit), r);
+                store(saved_at(time(s), i, unit) + kLanes, z);
+              }
+            }
+        }
+      wait();
+      for (int64_t p = p0; p < p1; ++p)
+        for (int64_t tile = 0; tile < second.count; ++tile) {
+          const int64_t begin_row = second.begin(tile), rows = second.begin(tile + 1) - begin_row;
+          alignas(64) float product[max_rows<kPair>() * P::kUnits];
+          multiply_panel<kPair>(rows, size, reset_h_at(from + begin_row),
+                                args.weight_hh + p * size * P::kWidth + size * 2 * P::kUnits, product);
+          for (int64_t row = 0; row < rows; ++row)
+            for (int vector = 0; vector < kPair; ++vector) {
+              const int64_t i = from + begin_row + row, unit = p * P::kUnits + vector * kLanes;
+              if (unit >= size) break;
+              const Vec n = tanh(load(product + row * P::kUnits + vector * kLanes) +
+                                 load(x_part(p, begin_row + row, 2) + vector * kLanes));
+              if (args.saved) store(saved_at(time(s), i, unit) + 2 * kLanes, n);
+              put_h(s, i, unit, gru_output(load(c_at(i) + unit), n, load(h_at(s, i) + unit)));
+            }
+        }
+    }
+
+    template <int NV>
+    void multiply_panel(int64_t rows, int64_t k_size, const float* a, const float* b, float* product) const {
+      constexpr int64_t kWidth = NV * kLanes;
+      for (int64_t k = 0; k < k_size; k += kDepth)
+        tile_rows<NV, false>(rows, smaller(kDepth, k_size - k), a + k, f.h_stride_, b + k * kWidth, kWidth,
+                             resume(k > 0, product, kWidth), product, kWidth);
+    }
+
+    float* saved_at(int64_t t, int64_t i, int64_t unit) const {
+      const int64_t vectors = ceil_div(problem.hidden_size, kLanes);
+      return args.saved + ((problem.row_base[t] + i) * vectors + unit / kLanes) * (saved_count(cell) * kLanes);
+    }
+
+    // The state that step s gives out: after zoneout, to y, to h_n where the sequence ends, and to the next step.
+    void put_h(int64_t s, int64_t i, int64_t unit, Vec h) const {
+      const int64_t t = time(s), b = entry(i), count = problem.hidden_size - unit;
+      const bool last = s + 1 == problem.steps || i >= problem.active[time(s + 1)];
+      if (f.zoneout_.used()) h = f.zoneout_.row(0, t, b).apply(unit, h, load(h_at(s, i) + unit));
+      store(args.y + args.y_rows.offset[t] + b * args.y_rows.stride + unit, h, count);
+      if (last) {
+        store(args.h_n + b * problem.hidden_size + unit, h, count);
+      } else {
+        store_h(s + 1, i, unit, is_reset(time(s + 1), i) ? Vec{} : h);
+      }
+    }
+
     // product[panel][row][kWidth] = h W_hh^T for `rows` rows and panel p, or two panels below `limit`; returns how many.
     int64_t multiply(int64_t s, int64_t p, int64_t limit, int64_t i, int64_t rows, float* product) const {
       const int64_t k_size = problem.hidden_size, panel_stride = k_size * P::kWidth;
@@ -325,9 +405,7 @@ class Forward {
           return 2;
         }
       }
-      for (int64_t k = 0; k < k_size; k += kDepth)
-        tile_rows<P::NV, false>(rows, smaller(kDepth, k_size - k), a + k, f.h_stride_, b + k * P::kWidth, P::kWidth,
-                                resume(k > 0, product, P::kWidth), product, P::kWidth);
+      multiply_panel<P::NV>(rows, k_size, a, b, product);
       return 1;
     }
 
@@ -335,15 +413,10 @@ class Forward {
     // the window in which the core overlaps rows. Rolled over rows: unrolled, GCC keeps the tile in memory within the
     // product.
     void finish(int64_t s, int64_t p, int64_t from, int64_t rows, float* product, const float* x_part) const {
-      const int64_t t = time(s), hidden = problem.hidden_size;
-      const bool more = s + 1 < problem.steps;
-      const int64_t continuing = more ? problem.active[time(s + 1)] : 0;
+      const int64_t t = time(s);
       auto pre = [&](int64_t row, int vector, int gate) __attribute__((always_inline)) {
         const int64_t at = row * P::kWidth + (gate * P::kVectors + vector) * kLanes;
         return load(product + at) + load(x_part + at);
-      };
-      auto saved_at = [&](int64_t i) __attribute__((always_inline)) {
-        return args.saved + ((problem.row_base[t] + i) * f.panels_ + p) * (saved_count(cell) * kLanes);
       };
       if constexpr (kLstm) {
         for (int64_t row = 0; row < rows; ++row) {
@@ -357,7 +430,7 @@ class Forward {
           if (f.zoneout_.used()) c = f.zoneout_.row(1, t, entry(from + row)).apply(p * kLanes, c, c_previous);
           store(state, c);
           if (args.saved) {
-            float* saved = saved_at(from + row);
+            float* saved = saved_at(t, from + row, p * kLanes);
             store(saved, gates.i);
             store(saved + kLanes, gates.f);
             store(saved + 2 * kLanes, gates.g);
@@ -371,7 +444,7 @@ class Forward {
           const Vec r = sigmoid(pre(row, 0, 0)), z = sigmoid(pre(row, 0, 1));
           const Vec h_n = load(gates + 2 * kLanes) + b_hn;
           if (args.saved) {
-            float* saved = saved_at(from + row);
+            float* saved = saved_at(t, from + row, p * kLanes);
             store(saved, r);
             store(saved + kLanes, z);
             store(saved + 3 * kLanes, h_n);
@@ -381,34 +454,36 @@ class Forward {
         }
       }
       for (int64_t row = 0; row < rows; ++row) {
-        const int64_t i = from + row, b = entry(i);
-        const bool last = i >= continuing;
-        const bool reset = !last && is_reset(time(s + 1), i);
-        const int64_t y_at = args.y_rows.offset[t] + b * args.y_rows.stride;
+        const int64_t i = from + row;
         const float* gates = product + row * P::kWidth;
         for (int vector = 0; vector < P::kVectors; ++vector) {
-          const int64_t unit = p * P::kUnits + vector * kLanes, count = hidden - unit;
-          if (count <= 0) break;
-          Vec h;
+          const int64_t unit = p * P::kUnits + vector * kLanes;
+          if (unit >= problem.hidden_size) break;
           if constexpr (kLstm) {
-            const Vec c = load(c_at(i) + unit);
-            h = lstm_output(load(gates), load(gates + kLanes));
-            if (args.c_all) store(args.c_all + y_at + unit, c, count);
-            if (last) store(args.c_n + b * hidden + unit, c, count);
-            if (reset) store(c_at(i) + unit, Vec{});
+            put_c(s, i, unit);
+            put_h(s, i, unit, lstm_output(load(gates), load(gates + kLanes)));
           } else if constexpr (cell == Cell::gru) {
             const Vec n = tanh(load(gates + kLanes));
-            h = gru_output(load(gates), n, load(h_at(s, i) + unit));
-            if (args.saved) store(saved_at(i) + 2 * kLanes, n);
+            if (args.saved) store(saved_at(t, i, unit) + 2 * kLanes, n);
+            put_h(s, i, unit, gru_output(load(gates), n, load(h_at(s, i) + unit)));
           } else {
-            h = rnn_forward<cell>(pre(row, vector, 0));
+            const Vec h = rnn_forward<cell>(pre(row, vector, 0));
             if (args.saved) store(saved_output(problem, args.saved, t, i) + unit, h);
+            put_h(s, i, unit, h);
           }
-          if (f.zoneout_.used()) h = f.zoneout_.row(0, t, b).apply(unit, h, load(h_at(s, i) + unit));
-          store(args.y + y_at + unit, h, count);
-          if (last) store(args.h_n + b * hidden + unit, h, count);
-          if (more) store_h(s + 1, i, unit, reset ? Vec{} : h);
         }
+      }
+    }
+
+    // c_t, already in its place for the next step, goes to c_all, to c_n where the sequence ends, or gives way to a reset.
+    void put_c(int64_t s, int64_t i, int64_t unit) const {
+      const int64_t t = time(s), b = entry(i), count = problem.hidden_size - unit;
+      const Vec c = load(c_at(i) + unit);
+      if (args.c_all) store(args.c_all + args.y_rows.offset[t] + b * args.y_rows.stride + unit, c, count);
+      if (s + 1 == problem.steps || i >= problem.active[time(s + 1)]) {
+        store(args.c_n + b * problem.hidden_size + unit, c, count);
+      } else if (is_reset(time(s + 1), i)) {
+        store(c_at(i) + unit, Vec{});
       }
     }
   };
@@ -420,7 +495,9 @@ class Forward {
   mutable Barrier barrier_;
   const int64_t h_stride_, block_rows_, slot_panels_, slot_floats_;
   const Zoneout zoneout_;
-  const Scratch h_, h_masked_, c_, scratch_;  // h_masked_: what W_hh multiplies, where a mask makes it differ from h
+  // h_masked_: what W_hh multiplies, where a mask makes it differ from h. c_ of the GRU with the reset before the product
+  // holds z, and reset_h_ holds r * h.
+  const Scratch h_, h_masked_, c_, reset_h_, scratch_;
 };
 
 }  // namespace

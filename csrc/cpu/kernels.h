@@ -17,6 +17,7 @@ auto with_cell(Cell cell, Function function) {
   switch (cell) {
     case Cell::lstm: return function(CellTag<Cell::lstm>());
     case Cell::gru: return function(CellTag<Cell::gru>());
+    case Cell::gru_reset_before: return function(CellTag<Cell::gru_reset_before>());
     case Cell::rnn_relu: return function(CellTag<Cell::rnn_relu>());
     default: return function(CellTag<Cell::rnn_tanh>());
   }
@@ -29,9 +30,10 @@ int64_t packed_forward_size(Cell cell, int64_t hidden_size, int64_t columns) {
   });
 }
 
-void pack_forward(Cell cell, int64_t hidden_size, int64_t columns, const float* weight, float* packed, int threads) {
+void pack_forward(Cell cell, int64_t hidden_size, int64_t columns, bool hidden, const float* weight, float* packed,
+                  int threads) {
   with_cell(cell,
-            [&](auto tag) { pack_forward_panels<tag.cell>(hidden_size, columns, weight, packed, threads); });
+            [&](auto tag) { pack_forward_panels<tag.cell>(hidden_size, columns, hidden, weight, packed, threads); });
 }
 
 int64_t packed_backward_size(Cell cell, int64_t hidden_size, int64_t columns) {

@@ -16,7 +16,7 @@ using namespace fastrnn::cpu;
 template <Cell cell>
 struct Panel {
   static constexpr int kGates = gate_count(cell);
-  static constexpr int kVectors = kGates == 1 ? 2 : 1;
+  static constexpr int kVectors = kGates == 1 || cell == Cell::gru_reset_before ? 2 : 1;
   static constexpr int kUnits = kVectors * kLanes;
   static constexpr int NV = kGates * kVectors;
   static constexpr int kWidth = NV * kLanes;
@@ -78,15 +78,32 @@ inline int64_t traffic_slots(int64_t bytes, int threads) {
   return larger(1, smaller(threads, bytes / (128 << 10)));
 }
 
+// Where vector v of a panel begins and how wide its rows are. W_hh of the GRU with the reset before the product is two
+// panels in one: r and z, which multiply h, then n, which multiplies r * h.
+struct Place {
+  int64_t offset, width;
+};
+
 template <Cell cell>
-void pack_forward_panels(int64_t hidden_size, int64_t columns, const float* weight, float* packed, int threads) {
+inline Place place(int v, int64_t columns, bool hidden) {
+  using P = Panel<cell>;
+  if (cell != Cell::gru_reset_before || !hidden) return {v * kLanes, P::kWidth};
+  constexpr int kFirst = 2 * P::kVectors;
+  return v < kFirst ? Place{v * kLanes, kFirst * kLanes}
+                    : Place{columns * kFirst * kLanes + (v - kFirst) * kLanes, P::kVectors * kLanes};
+}
+
+template <Cell cell>
+void pack_forward_panels(int64_t hidden_size, int64_t columns, bool hidden, const float* weight, float* packed,
+                         int threads) {
   using P = Panel<cell>;
   const int64_t panels = P::count(hidden_size);
   const int64_t slots = smaller(panels, traffic_slots(panels * P::kWidth * columns * 8, threads));
   on_team(slots, [=](int64_t begin, int64_t end) {
     for (int64_t p = panels * begin / slots; p < panels * end / slots; ++p) {
-      float* panel = packed + p * P::kWidth * columns;
       for (int v = 0; v < P::NV; ++v) {
+        const Place to = place<cell>(v, columns, hidden);
+        float* out = packed + p * P::kWidth * columns + to.offset;
         const int64_t unit = p * P::kUnits + (v % P::kVectors) * kLanes;
         const float* rows = weight + ((v / P::kVectors) * hidden_size + unit) * columns;
         const int64_t valid = hidden_size - unit;
@@ -97,11 +114,11 @@ void pack_forward_panels(int64_t hidden_size, int64_t columns, const float* weig
           for (int i = 0; i < kLanes; ++i) block[i] = load(rows + i * columns + k);
           transpose(block);
 #pragma GCC unroll 16
-          for (int i = 0; i < kLanes; ++i) store(panel + (k + i) * P::kWidth + v * kLanes, block[i]);
+          for (int i = 0; i < kLanes; ++i) store(out + (k + i) * to.width, block[i]);
         }
         for (; k < columns; ++k)
           for (int i = 0; i < kLanes; ++i)
-            panel[k * P::kWidth + v * kLanes + i] = i < valid ? rows[i * columns + k] : 0.0f;
+            out[k * to.width + i] = i < valid ? rows[i * columns + k] : 0.0f;
       }
     }
   });

@@ -117,8 +117,10 @@ struct Kernels {
 
   // Elements of a weight [G*H, columns] once packed for the forward product x W^T.
   int64_t (*packed_forward_size)(Cell, int64_t hidden_size, int64_t columns);
-  void (*pack_forward)(Cell, int64_t hidden_size, int64_t columns, const float* weight, float* packed, int threads);
-  // The same for the backward product dG W; `hidden` tells weight_hh, whose gradients come in the order of cells.h.
+  // `hidden` tells weight_hh, whose layout differs in some cells (place in pack.h, and the gradients' order of cells.h).
+  void (*pack_forward)(Cell, int64_t hidden_size, int64_t columns, bool hidden, const float* weight, float* packed,
+                       int threads);
+  // The same for the backward product dG W.
   int64_t (*packed_backward_size)(Cell, int64_t hidden_size, int64_t columns);
   void (*pack_backward)(Cell, int64_t hidden_size, int64_t columns, bool hidden, const float* weight, float* packed,
                         int threads);

@@ -13,10 +13,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fastrnn.backends import native
 from fastrnn.backends.call import RecurrenceCall
 
-CELL_INDEX = {"rnn_tanh": 0, "rnn_relu": 1, "lstm": 2, "gru": 3}
+CELL_INDEX = {"rnn_tanh": 0, "rnn_relu": 1, "lstm": 2, "gru": 3, "gru_reset_before": 4}
 
 # Options of a call that the kernels have.
-KERNEL_OPTIONS = frozenset({"lengths", "resets", "zoneout", "recurrent_mask", "return_cell_states"})
+KERNEL_OPTIONS = frozenset(
+    {"lengths", "resets", "zoneout", "recurrent_mask", "return_cell_states", "reset_after=False"}
+)
 
 # Panels of weights, kept as long as the weight lives: (cell, hidden) -> PackedWeight.
 _packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -142,10 +144,16 @@ def _pack(weight: Tensor, cell: str, gates: int, hidden_weight: bool, backward: 
 
 
 def _is_step(
-    x: Tensor, lengths: Tensor | None, batch_sizes: Tensor | None, recurrent_mask: Tensor | None, zoneout: float
+    cell: str,
+    x: Tensor,
+    lengths: Tensor | None,
+    batch_sizes: Tensor | None,
+    recurrent_mask: Tensor | None,
+    zoneout: float,
 ) -> bool:
     """Whether the kernels for a single step, which read torch's weight layout, can compute the call."""
     plain = lengths is None and batch_sizes is None and recurrent_mask is None and zoneout == 0
+    plain = plain and cell != "gru_reset_before"
     return plain and x.shape[0] == 1
 
 
@@ -199,7 +207,7 @@ def forward(
     )
     threads = torch.get_num_threads()
 
-    if _is_step(x, lengths, batch_sizes, recurrent_mask, zoneout):
+    if _is_step(cell, x, lengths, batch_sizes, recurrent_mask, zoneout):
         h0, c0 = _reset_state(h0, resets), _reset_state(c0, resets)
         weights = (None if weight_ih is None else weight_ih.contiguous(), weight_hh.contiguous())
         library.step(
@@ -275,7 +283,7 @@ def backward(
     dx, dh0, dc0 = gradients[0], gradients[5], gradients[6]
     threads = torch.get_num_threads()
 
-    if _is_step(x, lengths, batch_sizes, recurrent_mask, zoneout):
+    if _is_step(cell, x, lengths, batch_sizes, recurrent_mask, zoneout):
         dh, dc = _of_one_step(dy, dh_n), _of_one_step(dc_all, dc_n)
         h0, c0 = _reset_state(h0, resets), _reset_state(c0, resets)
         weights = (None if weight_ih is None else weight_ih.contiguous(), weight_hh.contiguous())
@@ -372,7 +380,7 @@ def fake_forward(
     else:
         batch = torch.library.get_ctx().new_dynamic_size() if h0 is None else h0.shape[0]
         rows = x.shape[0]
-    kept_per_unit = {"lstm": 4, "gru": 4}.get(cell, int(zoneout > 0 and zoneout_seed is None))
+    kept_per_unit = {"lstm": 4, "gru": 4, "gru_reset_before": 3}.get(cell, int(zoneout > 0 and zoneout_seed is None))
     y = new_like_rows(x, hidden)
     return (
         y,

@@ -266,10 +266,11 @@ def run_on(call: RecurrenceCall, picked: str) -> tuple[Tensor, Tensor, Tensor | 
         call.zoneout_seed,
         call.reverse,
     )
+    cell = call.cell if call.reset_after else "gru_reset_before"
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs):
-        y, h_n, c_n, c_all = _Recurrence.apply(call.cell, call.return_cell_states, *inputs, *options)
+        y, h_n, c_n, c_all = _Recurrence.apply(cell, call.return_cell_states, *inputs, *options)
     else:
-        y, h_n, c_n, _, c_all = _forward(call.cell, *inputs, *options, False, call.return_cell_states)
+        y, h_n, c_n, _, c_all = _forward(cell, *inputs, *options, False, call.return_cell_states)
     lstm = call.cell == "lstm"
     return y, h_n, c_n if lstm else None, c_all if lstm and call.return_cell_states else None
 
@@ -329,8 +330,9 @@ def _differentiable_gradients(
     zoneout, zoneout_seed, reverse = scalars
     with torch.enable_grad():
         call = RecurrenceCall(
-            cell,
+            cell.removesuffix("_reset_before"),
             *inputs,  # type: ignore[arg-type]
+            reset_after=not cell.endswith("_reset_before"),
             lengths=lengths,
             batch_sizes=batch_sizes,
             resets=resets,
