@@ -13,7 +13,7 @@ def assert_as_accurate(ours: Any, torchs: Any, exact: Any) -> None:
 
     Ours may be twice as far from the exact result as torch's is, plus the rounding of the largest value:
     err(ours) <= 2 * (err(torch) + eps * max|exact|), err being the largest absolute difference. Of a few elements the
-    largest error is a matter of luck: small cases are to be drawn several times and compared together (`stacked`).
+    largest error is a matter of luck: small cases are to be drawn several times and compared together (`pooled`).
     """
     for path, a, b, c in zip(_paths(ours), *map(_pytree.tree_leaves, (ours, torchs, exact)), strict=True):
         assert (a is None) == (c is None), f"{path}: ours {a}, exact {c}"
@@ -28,10 +28,10 @@ def assert_as_accurate(ours: Any, torchs: Any, exact: Any) -> None:
         assert _error(a, c) <= limit, f"{path}: error {_error(a, c):.3g}, torch's {_error(b, c):.3g}, limit {limit:.3g}"
 
 
-def stacked(trees: Sequence[Any]) -> Any:
-    """Nested tuples of equal shape as one, each tensor with a new first dimension."""
+def pooled(trees: Sequence[Any]) -> Any:
+    """Several nested tuples as one, each of its tensors holding the elements of all."""
     leaves, specs = zip(*map(_pytree.tree_flatten, trees))
-    together = [None if group[0] is None else torch.stack(group) for group in zip(*leaves)]
+    together = [None if group[0] is None else torch.cat([t.reshape(-1) for t in group]) for group in zip(*leaves)]
     return _pytree.tree_unflatten(together, specs[0])
 
 

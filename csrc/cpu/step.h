@@ -38,7 +38,7 @@ inline int64_t step_slots(const Problem& problem, int threads) {
   const double flops = 2.0 * gate_count(problem.cell) * problem.batch * problem.hidden_size *
                        (problem.hidden_size + problem.input_size);
   return larger(1, smaller(smaller(threads, ceil_div(problem.hidden_size, kLanes)),
-                           static_cast<int64_t>(flops / 200e3)));
+                           static_cast<int64_t>(flops / 1e6)));
 }
 
 template <Cell cell>

@@ -12,7 +12,7 @@ import torch
 from fastrnn.backends import aten, cpu, reference
 from fastrnn.backends.call import Norm, RecurrenceCall
 
-__all__ = ["NAMES", "Choice", "Norm", "RecurrenceCall", "choose", "recorded_choices"]
+__all__ = ["NAMES", "Choice", "Norm", "RecurrenceCall", "choose", "recorded_choices", "recording"]
 
 _MODULES: dict[str, ModuleType] = {"cpu": cpu, "aten": aten, "reference": reference}
 
@@ -41,6 +41,11 @@ class Choice:
 
 
 _records: list[Choice] | None = None
+
+
+def recording() -> bool:
+    """Whether choices are being collected."""
+    return _records is not None
 
 
 @contextlib.contextmanager

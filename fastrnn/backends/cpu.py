@@ -143,7 +143,7 @@ def _pack(weight: Tensor, cell: str, gates: int, hidden_weight: bool, backward: 
     return packed
 
 
-def _is_step(
+def is_step(
     cell: str,
     x: Tensor,
     lengths: Tensor | None,
@@ -159,6 +159,37 @@ def _is_step(
 
 def _reset_state(state: Tensor | None, resets: Tensor | None) -> Tensor | None:
     return state if state is None or resets is None else torch.where(resets[0, :, None], 0, state)
+
+
+def launch_step(
+    cell: str,
+    x: Tensor,
+    weight_ih: Tensor | None,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    h: Tensor,
+    c: Tensor | None,
+    saved: Tensor | None,
+) -> None:
+    """One step, x [1, B, I], into h, c (LSTM) and, where it has elements, saved."""
+    x = _with_unit_stride(x)
+    inputs = [None if t is None else t.contiguous() for t in (weight_ih, weight_hh, bias_ih, bias_hh, h0, c0)]
+    native.load().step(  # type: ignore[union-attr]
+        CELL_INDEX[cell],
+        x.shape[1],
+        x.shape[2],
+        weight_hh.shape[1],
+        x.data_ptr(),
+        x.stride(1),
+        *map(_address, inputs),
+        h.data_ptr(),
+        _address(c),
+        _address(saved),
+        torch.get_num_threads(),
+    )
 
 
 def forward(
@@ -200,6 +231,8 @@ def forward(
         c_all = new_like_rows(x, hidden)
     else:
         c_all = workspace(x, y.shape, y.stride()) if lstm and save else x.new_empty(0)
+    if batch == 0:
+        return y, h_n, c_n, saved, c_all
     # Without gradients the weights usually stand still, so that a checksum is worth its time; training changes them.
     reuse = not save
     bias_ih, bias_hh, h0, c0, recurrent_mask = (
@@ -207,21 +240,9 @@ def forward(
     )
     threads = torch.get_num_threads()
 
-    if _is_step(cell, x, lengths, batch_sizes, recurrent_mask, zoneout):
+    if is_step(cell, x, lengths, batch_sizes, recurrent_mask, zoneout):
         h0, c0 = _reset_state(h0, resets), _reset_state(c0, resets)
-        weights = (None if weight_ih is None else weight_ih.contiguous(), weight_hh.contiguous())
-        library.step(
-            CELL_INDEX[cell],
-            batch,
-            x.shape[-1],
-            hidden,
-            x.data_ptr(),
-            x.stride(1),
-            *map(_address, (*weights, bias_ih, bias_hh, h0, c0, h_n)),
-            _address(c_n) if lstm else 0,
-            _address(saved) if save else 0,
-            threads,
-        )
+        launch_step(cell, x, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, h_n, c_n, saved)
         y.copy_(h_n[None])
         if c_all.numel():
             c_all.copy_(c_n[None])
@@ -276,6 +297,8 @@ def backward(
     x = _with_unit_stride(x)
     batch = _batch(x, batch_sizes)
     gradients = _new_gradients(x, weight_hh, batch, needs)
+    if batch == 0:
+        return tuple(x.new_empty(0) if gradient is None else gradient.zero_() for gradient in gradients)
     dy, dc_all = (None if t is None else _with_unit_stride(t) for t in (dy, dc_all))
     dh_n, dc_n, h0, c0, recurrent_mask = (
         None if t is None else t.contiguous() for t in (dh_n, dc_n, h0, c0, recurrent_mask)
@@ -283,7 +306,7 @@ def backward(
     dx, dh0, dc0 = gradients[0], gradients[5], gradients[6]
     threads = torch.get_num_threads()
 
-    if _is_step(cell, x, lengths, batch_sizes, recurrent_mask, zoneout):
+    if is_step(cell, x, lengths, batch_sizes, recurrent_mask, zoneout):
         dh, dc = _of_one_step(dy, dh_n), _of_one_step(dc_all, dc_n)
         h0, c0 = _reset_state(h0, resets), _reset_state(c0, resets)
         weights = (None if weight_ih is None else weight_ih.contiguous(), weight_hh.contiguous())

@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 
-from fastrnn import backends
 from fastrnn.backends import RecurrenceCall
 from fastrnn.nn.options import WithOptions
-from fastrnn.ops.recurrence import check, run_on
+from fastrnn.ops.recurrence import decide, run_step
 
 
 class OneStep(WithOptions, torch.nn.RNNCellBase):
@@ -55,10 +54,10 @@ class OneStep(WithOptions, torch.nn.RNNCellBase):
         )
         if self.layer_norm:
             call.layer_norm_ih, call.layer_norm_hh, call.layer_norm_c = self._norms("")
-        picked = backends.choose(check(call), self.backend)
+        picked = decide(call, self.backend)
         if picked == "aten":
             return super().forward(input, hx)
-        _, h1, c1, _ = run_on(call, picked)
+        h1, c1 = run_step(call, picked)
         if unbatched:
             h1 = h1.squeeze(0)
             c1 = None if c1 is None else c1.squeeze(0)

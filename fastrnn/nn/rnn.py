@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fastrnn import backends
 from fastrnn.backends import RecurrenceCall
 from fastrnn.nn.options import WithOptions
-from fastrnn.ops.recurrence import check, run_on
+from fastrnn.ops.recurrence import decide, run_on
 
 
 class Layers(WithOptions, torch.nn.RNNBase):
@@ -86,8 +85,8 @@ class Layers(WithOptions, torch.nn.RNNBase):
                 x = torch.dropout(x.contiguous(), self.dropout, True)
             outputs = []
             for index in range(layer * directions, (layer + 1) * directions):
-                call = check(self._call(index, x, states[index], lengths, batch_sizes, resets))
-                picked = backends.choose(call, self.backend)
+                call = self._call(index, x, states[index], lengths, batch_sizes, resets)
+                picked = decide(call, self.backend)
                 if picked == "aten" and index == 0 and not self.residual and not self.weight_dropout:
                     return super().forward(input, hx)
                 y, h_n, c_n, c_all = run_on(call, picked)

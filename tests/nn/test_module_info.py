@@ -11,7 +11,6 @@ from torch.testing._internal.common_modules import ModuleErrorEnum, ModuleInfo, 
 from torch.utils import _pytree
 
 import fastrnn
-from tests.accuracy import assert_as_accurate, stacked
 
 INFOS = {
     info.module_cls.__name__: info
@@ -49,14 +48,6 @@ def outputs_and_gradients(module: torch.nn.Module, args: Any, kwargs: Any) -> tu
     return outputs, list(gradients)
 
 
-def in_fp64(tree: Any) -> Any:
-    def convert(leaf: Any) -> Any:
-        floating = isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
-        return leaf.detach().double().requires_grad_() if floating else leaf
-
-    return _pytree.tree_map(convert, tree)
-
-
 @modules
 def test_samples_are_complete(name: str) -> None:
     counts = {"RNNCell": 3, "LSTMCell": 2, "GRUCell": 2, "RNN": 64, "LSTM": 32, "GRU": 32}
@@ -67,14 +58,14 @@ def test_samples_are_complete(name: str) -> None:
 @dtypes
 @modes
 def test_forward_and_gradients(name: str, dtype: torch.dtype, training: bool) -> None:
-    for draws in zip(*(samples(INFOS[name], dtype, training) for _ in range(8))):
-        found, torchs_found, exact = [], [], []
-        for sample, ours, torchs in draws:
-            args, kwargs = sample.forward_input.args, sample.forward_input.kwargs
-            found.append(outputs_and_gradients(ours, args, kwargs))
-            torchs_found.append(outputs_and_gradients(torchs, args, kwargs))
-            exact.append(outputs_and_gradients(torchs.double(), *in_fp64((args, kwargs))))
-        assert_as_accurate(stacked(found), stacked(torchs_found), stacked(exact))
+    for sample, ours, torchs in samples(INFOS[name], dtype, training):
+        args, kwargs = sample.forward_input.args, sample.forward_input.kwargs
+        # The tolerance of torch's own TestModule: inputs in [-9, 9] make single elements ill-conditioned, so that their
+        # errors are no measure of accuracy, which test_against_torch.py takes.
+        tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {}
+        torch.testing.assert_close(
+            outputs_and_gradients(ours, args, kwargs), outputs_and_gradients(torchs, args, kwargs), **tolerance
+        )
 
 
 @modules
@@ -106,10 +97,15 @@ def test_non_contiguous_tensors(name: str, dtype: torch.dtype, training: bool) -
 
 
 @modules
-@modes
-@pytest.mark.parametrize("backend", ["auto", "reference"])
-def test_gradcheck_and_gradgradcheck(name: str, training: bool, backend: str) -> None:
-    for sample, ours, _ in samples(INFOS[name], torch.float64, training):
+@pytest.mark.parametrize(
+    ("backend", "training"),
+    [("auto", True), ("auto", False), ("reference", True)],
+    ids=["auto-train", "auto-eval", "reference-train"],
+)
+def test_gradcheck_and_gradgradcheck(name: str, backend: str, training: bool) -> None:
+    # The reference takes seconds per sample of a layer: every eleventh has each argument at each value.
+    chosen = list(samples(INFOS[name], torch.float64, training))[:: 11 if backend == "reference" else 1]
+    for sample, ours, _ in chosen:
         ours.backend = backend
         leaves, spec = _pytree.tree_flatten((sample.forward_input.args, sample.forward_input.kwargs))
         places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
