@@ -32,6 +32,8 @@ struct Workspace {
   const Scratch memory;
 };
 
+int team_size(int threads) { return std::clamp<int>(threads, 1, kMaxSlots); }
+
 // A weight in the panels of the kernels, forward and backward, kept between calls.
 class PackedWeight {
  public:
@@ -53,12 +55,12 @@ class PackedWeight {
       layout.source = nullptr;
     }
     py::gil_scoped_release release;
-    const uint64_t checksum = reuse ? k.checksum(weight, size, threads) : 0;
+    const uint64_t checksum = reuse ? k.checksum(weight, size, team_size(threads)) : 0;
     if (reuse && layout.source == weight && layout.checksum == checksum) return;
     if (backward) {
-      k.pack_backward(cell_, hidden_size_, columns_, hidden_, weight, layout.panels->data(), threads);
+      k.pack_backward(cell_, hidden_size_, columns_, hidden_, weight, layout.panels->data(), team_size(threads));
     } else {
-      k.pack_forward(cell_, hidden_size_, columns_, hidden_, weight, layout.panels->data(), threads);
+      k.pack_forward(cell_, hidden_size_, columns_, hidden_, weight, layout.panels->data(), team_size(threads));
     }
     layout.source = reuse ? weight : nullptr;
     layout.checksum = checksum;
@@ -156,7 +158,7 @@ void forward(const Layout& layout, uintptr_t x, Strides x_strides, const PackedW
                          pointer(saved),
                          pointer(c_all)};
   py::gil_scoped_release release;
-  kernels().forward(layout.problem, args, threads);
+  kernels().forward(layout.problem, args, team_size(threads));
 }
 
 void backward(const Layout& layout, uintptr_t dy, Strides dy_strides, uintptr_t dh_n, uintptr_t dc_n,
@@ -190,7 +192,7 @@ void backward(const Layout& layout, uintptr_t dy, Strides dy_strides, uintptr_t 
                           pointer(dh0),
                           pointer(dc0)};
   py::gil_scoped_release release;
-  kernels().backward(layout.problem, args, threads);
+  kernels().backward(layout.problem, args, team_size(threads));
 }
 
 Problem step_problem(int cell, int64_t batch, int64_t input_size, int64_t hidden_size) {
@@ -209,7 +211,7 @@ void step(int cell, int64_t batch, int64_t input_size, int64_t hidden_size, uint
   const StepArgs args{pointer(x),  x_stride,    pointer(weight_ih), pointer(weight_hh), pointer(bias_ih), pointer(bias_hh),
                       pointer(h0), pointer(c0), pointer(h),         pointer(c),         pointer(saved)};
   py::gil_scoped_release release;
-  kernels().step(step_problem(cell, batch, input_size, hidden_size), args, threads);
+  kernels().step(step_problem(cell, batch, input_size, hidden_size), args, team_size(threads));
 }
 
 void step_backward(int cell, int64_t batch, int64_t input_size, int64_t hidden_size, uintptr_t dh, uintptr_t dc,
@@ -221,7 +223,7 @@ void step_backward(int cell, int64_t batch, int64_t input_size, int64_t hidden_s
                               pointer(saved),      pointer(dx),         pointer(dweight_ih),      pointer(dweight_hh),
                               pointer(dbias_ih),   pointer(dbias_hh),   pointer(dh0),             pointer(dc0)};
   py::gil_scoped_release release;
-  kernels().step_backward(step_problem(cell, batch, input_size, hidden_size), args, threads);
+  kernels().step_backward(step_problem(cell, batch, input_size, hidden_size), args, team_size(threads));
 }
 
 }  // namespace
@@ -239,8 +241,14 @@ PYBIND11_MODULE(_C, m) {
     py::gil_scoped_release release;
     return kernels().fma_ceiling(threads, milliseconds * 1e-3) * 1e-9;
   });
+  m.def("stream_bandwidth", [](int64_t bytes, int threads) {
+    const Scratch buffer(bytes / 4);
+    std::fill_n(buffer.data(), bytes / 4, 1.0f);
+    py::gil_scoped_release release;
+    return kernels().read_bandwidth(buffer.data(), bytes / 4, threads, 10e-3) * 1e-9;
+  });
   m.def("checksum", [](uintptr_t data, int64_t size, int threads) {
-    return kernels().checksum(pointer(data), size, threads);
+    return kernels().checksum(pointer(data), size, team_size(threads));
   });
   m.def("lanes", [] { return kernels().lanes; });
   m.def("saved_size", [](int cell, int64_t rows, int64_t hidden_size, bool zoneout_expected) {

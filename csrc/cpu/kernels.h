@@ -67,30 +67,57 @@ void step_backward_any(const Problem& problem, const StepBackwardArgs& args, int
   with_cell(problem.cell, [&](auto tag) { step_backward<tag.cell>(problem, args, threads); });
 }
 
-double fma_ceiling(int threads, double seconds) {
-  double rates[256] = {};
-  const int64_t slots = smaller(threads, 256);
-  on_team(slots, [&](int64_t begin, int64_t) {
-    Vec acc[12];
-    for (int i = 0; i < 12; ++i) acc[i] = Vec{} + 1e-3f * i;
-    Vec factor = Vec{} + 0.999f, addend = Vec{} + 1e-3f;
-    asm volatile("" : "+m"(factor), "+m"(addend));  // not known to the compiler
+// Sums over a team's slots of work(begin, end) -> amount, repeated for that long; per second.
+template <class Work>
+double team_rate(int threads, double seconds, Work work) {
+  double rates[kMaxSlots] = {};
+  const int64_t slots = smaller(threads, kMaxSlots);
+  Barrier barrier(slots);
+  on_team(slots, [&](int64_t begin, int64_t end) {
+    barrier.wait(begin, end);
     const double start = now_seconds();
-    double elapsed = 0, count = 0;
+    double elapsed = 0, amount = 0;
     while (elapsed < seconds) {
-      for (int repeat = 0; repeat < 100000; ++repeat) {
-#pragma GCC unroll 12
-        for (int i = 0; i < 12; ++i) acc[i] = acc[i] * factor + addend;
-      }
-      count += 100000.0 * 12 * kLanes * 2;
+      amount += work(begin, end);
       elapsed = now_seconds() - start;
     }
-    for (int i = 0; i < 12; ++i) asm volatile("" : : "m"(acc[i]));
-    rates[begin] = count / elapsed;
+    rates[begin] = amount / elapsed;
   });
   double total = 0;
   for (double rate : rates) total += rate;
   return total;
+}
+
+double fma_ceiling(int threads, double seconds) {
+  return team_rate(threads, seconds, [](int64_t, int64_t) {
+    constexpr int kChains = 12, kRepeats = 100000;
+    Vec acc[kChains];
+    for (int i = 0; i < kChains; ++i) acc[i] = splat(1e-3f * i);
+    Vec factor = splat(0.999f), addend = splat(1e-3f);
+    asm volatile("" : "+m"(factor), "+m"(addend));  // not known to the compiler
+    for (int repeat = 0; repeat < kRepeats; ++repeat) {
+#pragma GCC unroll 12
+      for (int i = 0; i < kChains; ++i) acc[i] = acc[i] * factor + addend;
+    }
+    for (int i = 0; i < kChains; ++i) asm volatile("" : : "m"(acc[i]));
+    return 2.0 * kLanes * kChains * kRepeats;
+  });
+}
+
+double read_bandwidth(const float* data, int64_t size, int threads, double seconds) {
+  const int64_t blocks = size / (8 * kLanes), slots = smaller(threads, kMaxSlots);
+  return team_rate(threads, seconds, [=](int64_t begin, int64_t end) {
+    const int64_t first = blocks * begin / slots, last = blocks * end / slots;
+    Vec sums[8] = {};
+    for (int64_t block = first; block < last; ++block)
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i) {
+        __builtin_prefetch(data + (block * 8 + i) * kLanes + 512);
+        sums[i] += load(data + (block * 8 + i) * kLanes);
+      }
+    for (int i = 0; i < 8; ++i) asm volatile("" : : "m"(sums[i]));
+    return static_cast<double>(last - first) * 8 * kLanes * sizeof(float);
+  });
 }
 
 }  // namespace
@@ -101,7 +128,8 @@ double fma_ceiling(int threads, double seconds) {
   const Kernels& kernels_##name() {                                                                                \
     static const Kernels kernels = {#name,          kLanes,           packed_forward_size, pack_forward,           \
                                     packed_backward_size, pack_backward, checksum_floats,   saved_size, forward,    \
-                                    backward,       step,             step_backward_any,   fma_ceiling};           \
+                                    backward,       step,             step_backward_any,   fma_ceiling,               \
+                                    read_bandwidth};                                                               \
     return kernels;                                                                                                \
   }                                                                                                                \
   }

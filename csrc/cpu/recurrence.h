@@ -134,6 +134,8 @@ struct Kernels {
 
   // fp32 multiply-adds from registers alone, in FLOP/s summed over the threads.
   double (*fma_ceiling)(int threads, double seconds);
+  // Bytes per second that the threads together read of a buffer, each its own part over and over.
+  double (*read_bandwidth)(const float* data, int64_t size, int threads, double seconds);
 };
 
 const Kernels& kernels_portable();

@@ -439,9 +439,7 @@ def fake_backward(
 ) -> tuple[Tensor, ...]:
     """Shapes, strides and dtypes of `backward`, for tracing."""
     x = _with_unit_stride(x)
-    if batch_sizes is None:
-        batch = x.shape[1]
-    else:
-        batch = h0.shape[0] if h0 is not None else torch.library.get_ctx().new_dynamic_size()
+    state = h0 if h0 is not None else c0
+    batch = 0 if state is None else state.shape[0]  # only the states' gradients have this size
     gradients = _new_gradients(x, weight_hh, batch, needs)
     return tuple(x.new_empty(0) if gradient is None else gradient for gradient in gradients)

@@ -213,6 +213,8 @@ def _check_batch_sizes(call: RecurrenceCall) -> int:
         )
     if call.lengths is not None:
         raise ValueError("lengths cannot be combined with batch_sizes, which already say where sequences end")
+    if torch.compiler.is_compiling():
+        return call.h0.shape[0] if call.h0 is not None else int(sizes[0])
     listed = sizes.tolist()
     if listed[-1] <= 0 or any(a < b for a, b in zip(listed, listed[1:], strict=False)) or sum(listed) != len(call.x):
         raise ValueError(
@@ -413,7 +415,7 @@ def _differentiable_gradients(
 
 _INPUTS = (
     "Tensor x, Tensor? weight_ih, Tensor weight_hh, {}Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? batch_sizes, "
-    "Tensor? resets, Tensor? recurrent_mask, float zoneout, int? zoneout_seed, bool reverse, "
+    "Tensor? resets, Tensor? recurrent_mask, float zoneout, SymInt? zoneout_seed, bool reverse, "
 )
 torch.library.define(
     "fastrnn::recurrence_forward",
