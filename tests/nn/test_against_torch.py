@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils import _pytree
 
 import fastrnn
-from tests.accuracy import assert_as_accurate, pooled
+from tests.accuracy import assert_as_accurate_over
 
 FORMS = ("batched", "unbatched", "packed", "packed, unsorted")
 
@@ -39,25 +39,29 @@ def to_fp64(inputs: Any) -> Any:
 
 
 def compare(
-    make: Callable[[Any], torch.nn.Module], draw_inputs: Callable[[], tuple[Any, Any]], states: int, seed: int
+    make: Callable[[Any], torch.nn.Module], draw_inputs: Callable[[], tuple[Any, Any]], units: int, seed: int
 ) -> None:
     """`make` builds a module from fastrnn.nn or torch.nn, `draw_inputs` draws what it is called with.
 
-    The fewer elements the states have, the more draws are taken together.
+    The fewer units there are, the more draws are taken together.
     """
     torch.manual_seed(seed)
-    found, torchs, exact = [], [], []
-    for draw in range(max(2, min(64, 512 // max(states, 1)))):
+    draws = []
+    for draw in range(max(4, min(32, 256 // units))):
         state = torch.get_rng_state()
         ours = make(fastrnn.nn)
         torch.set_rng_state(state)
         theirs = make(torch.nn)
         inputs = draw_inputs()
-        found.append(differentiated(ours, inputs, draw))
-        torchs.append(differentiated(theirs, inputs, draw))
-        assert [t.shape for t in found[-1][0]] == [t.shape for t in torchs[-1][0]]
-        exact.append(differentiated(copy.deepcopy(theirs).double(), to_fp64(inputs), draw))
-    assert_as_accurate(pooled(found), pooled(torchs), pooled(exact))
+        exact = copy.deepcopy(theirs).double(), to_fp64(inputs)
+        draws.append(
+            (
+                differentiated(ours, inputs, draw),
+                differentiated(theirs, inputs, draw),
+                differentiated(*exact, draw),
+            )
+        )
+    assert_as_accurate_over(draws)
 
 
 def layer_inputs(
@@ -135,6 +139,6 @@ def test_layers(
     compare(
         make,
         lambda: layer_inputs(input_size, features, steps, batch, form, batch_first, states),
-        steps * batch * hidden_size,
+        hidden_size,
         seed,
     )
