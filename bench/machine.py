@@ -106,6 +106,4 @@ def limits(case: Case) -> dict[str, Callable[[], float]]:
         return {}
     if case.bound == "arithmetic":
         return {"gflops": lambda: module.fma_ceiling(THREADS, 10)}
-    if hasattr(module, "stream_bandwidth"):
-        return {"gbytes": lambda: module.stream_bandwidth(case.weight_bytes, THREADS)}
-    return {}
+    return {"gbytes": lambda: module.stream_bandwidth(case.weight_bytes, THREADS)}

@@ -1,4 +1,4 @@
-"""Exact recurrent networks for PyTorch, fast. ``fastrnn.nn`` has the modules; ``accelerate`` converts a model in place."""
+"""Exact recurrent networks for PyTorch, fast: modules in ``fastrnn.nn``; ``accelerate`` converts a model in place."""
 
 from importlib import metadata
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copyreg
 import functools
 import types
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch.nn.utils.parametrize import is_parametrized
@@ -118,7 +118,7 @@ class _Pickled:
     _original: type
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        function, arguments, *state = super().__reduce_ex__(protocol)
+        function, arguments, *state = cast("tuple[Any, ...]", super().__reduce_ex__(protocol))
         if function is copyreg.__newobj__:  # type: ignore[attr-defined]
             function, arguments = _new, (self._original,)
         return (function, arguments, *state)
@@ -127,10 +127,10 @@ class _Pickled:
 @functools.cache
 def _accelerated_subclass(cls: type) -> type:
     ours = next(_OURS[base] for base in cls.__mro__ if base in _OURS)
-    namespace = {"_original": cls, "__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    namespace = {"_original": cls, **{name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}}
     return types.new_class(cls.__name__, (_Pickled, cls, ours), exec_body=lambda body: body.update(namespace))
 
 
 def _new(original: type) -> Any:
     cls = _accelerated_subclass(original)
-    return cls.__new__(cls)
+    return cls.__new__(cls)  # type: ignore[call-overload]

@@ -14,8 +14,8 @@ from fastrnn.nn.rnn import Layers
 def explain(module: torch.nn.Module, *args: Any, **kwargs: Any) -> str:
     """Runs ``module(*args, **kwargs)`` once and tells which back end computed each recurrent layer and direction.
 
-    For every other back end it says why that was passed over, and for each of torch.nn's own recurrent modules why it is
-    not one of fastrnn's. Gradients, the state of the random number generators and buffers stay as they were.
+    For every other back end it says why that was passed over, and for each of torch.nn's own recurrent modules why it
+    is not one of fastrnn's. Gradients, the state of the random number generators and buffers stay as they were.
 
     Returns:
         The text, which is printed as well.
@@ -38,7 +38,9 @@ def explain(module: torch.nn.Module, *args: Any, **kwargs: Any) -> str:
                 handles += [part.register_forward_pre_hook(forget), part.register_forward_hook(note)]
             elif convert.torch_class(part):
                 reasons = convert.reasons_against(part) or ["fastrnn.accelerate was not called on it"]
-                calls[f"{title}: computed by torch.nn\n" + "\n".join(f"  not fastrnn: {reason}" for reason in reasons)] = 1
+                calls[
+                    f"{title}: computed by torch.nn\n" + "\n".join(f"  not fastrnn: {reason}" for reason in reasons)
+                ] = 1
         buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
         try:
             with torch.no_grad(), torch.random.fork_rng():

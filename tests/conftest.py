@@ -13,7 +13,7 @@ hypothesis.settings.load_profile("repeatable")
 
 @pytest.fixture(autouse=True)
 def settings() -> Iterator[None]:
-    """Two threads, a fixed seed, and NaN in all memory that torch.empty gives out: whoever reads it before writing fails."""
+    """Two threads, a fixed seed, and NaN in what torch.empty gives out: whoever reads it before writing fails."""
     torch.manual_seed(0)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)

@@ -1,8 +1,7 @@
 """The back end `aten`: torch's own recurrent operators (cuDNN, oneDNN, or op by op), where they compute the same."""
 
 import torch
-from torch import Tensor
-from torch import _VF  # type: ignore[attr-defined]
+from torch import _VF, Tensor
 
 from fastrnn.backends.call import RecurrenceCall
 from fastrnn.backends.reference import Result

@@ -90,7 +90,7 @@ def workspace(like: Tensor, shape: tuple[int, ...], stride: tuple[int, ...] | No
     if size < 2**14:  # malloc has no fresh pages for these; the pool would take 2 µs longer, which one step feels.
         return like.new_empty(shape) if stride is None else like.new_empty_strided(shape, stride)
     flat = torch.frombuffer(native.load().Workspace(size), dtype=torch.float32)  # type: ignore[union-attr]
-    if torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory:
+    if torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory:  # type: ignore[attr-defined]
         flat.fill_(math.nan)
     return flat.view(shape) if stride is None else flat.as_strided(shape, stride)
 
@@ -359,7 +359,7 @@ def backward(
 
 
 def _of_one_step(sequence: Tensor | None, final: Tensor | None) -> Tensor | None:
-    """The gradient of a state that a single step gives out twice: in the sequence [1, B, H] and as final state [B, H]."""
+    """The gradient of a state that a single step gives out twice: in the sequence [1, B, H] and as [B, H]."""
     if sequence is None or final is None:
         return final if sequence is None else sequence[0].contiguous()
     return sequence[0] + final
@@ -398,6 +398,7 @@ def fake_forward(
     lstm = cell == "lstm"
     hidden = weight_hh.shape[1]
     x = _with_unit_stride(x)
+    batch: Any
     if batch_sizes is None:
         batch, rows = x.shape[1], x.shape[0] * x.shape[1]
     else:

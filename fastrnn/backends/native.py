@@ -20,9 +20,9 @@ def _load() -> tuple[ModuleType | None, str | None]:
         )
         return None, str(error)
     if torch.backends.openmp.is_available():
-        # Threads come from torch's own pool, so that torch.set_num_threads holds and no second OpenMP runtime is loaded.
-        # The address of torch_parallel_for (C ABI since torch 2.10) is all that the torch-free library needs. Without
-        # OpenMP the pool may run ranges one after another, where a team that waits for each other would hang.
+        # Threads come from torch's own pool, so that torch.set_num_threads holds and no second OpenMP runtime is
+        # loaded. The address of torch_parallel_for (C ABI since torch 2.10) is all that the torch-free library needs.
+        # Without OpenMP the pool may run ranges one after another, where a team that waits for each other would hang.
         path = os.path.join(os.path.dirname(torch.__file__), "lib", "libtorch_cpu.so")
         function = ctypes.cast(ctypes.CDLL(path).torch_parallel_for, ctypes.c_void_p)
         library.set_parallel_for(function.value)

@@ -77,7 +77,7 @@ class RNNCell(OneStep, torch.nn.RNNCell):
     """
 
     @property
-    def _cell(self) -> str:
+    def _cell(self) -> str:  # type: ignore[override]
         return f"rnn_{self.nonlinearity}"
 
 

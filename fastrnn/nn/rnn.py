@@ -48,7 +48,7 @@ class Layers(WithOptions, torch.nn.RNNBase):
         """As torch.nn's forward, and
 
         Args:
-            lengths: [B] integers in 0..T. Steps from lengths[b] on leave the state of sequence b alone and output zeros.
+            lengths: [B] integers in 0..T. Steps from lengths[b] on leave sequence b's state alone and output zeros.
             resets: [T, B] bool, [B, T] with batch_first. Where true, the state before that step is zero.
         """
         try:
@@ -72,13 +72,18 @@ class Layers(WithOptions, torch.nn.RNNBase):
             lengths = lengths.reshape(1)
         if resets is not None:
             if resets.dim() != (1 if unbatched else 2):
-                raise ValueError(f"resets must have {1 if unbatched else 2} dimensions, got shape {tuple(resets.shape)}")
+                raise ValueError(
+                    f"resets must have {1 if unbatched else 2} dimensions, got shape {tuple(resets.shape)}"
+                )
             resets = resets.unsqueeze(1) if unbatched else resets.T if self.batch_first else resets
             resets = resets if sorted_indices is None else resets.index_select(1, sorted_indices)
         states = self._states(hx, unbatched, sorted_indices)
 
         directions = 2 if self.bidirectional else 1
-        finals = []
+        finals: list[tuple[Any, Any]] = []
+        y: Any
+        c_all: Any
+        sequence: Any
         for layer in range(self.num_layers):
             if layer and self.dropout and self.training:
                 # Drawn in the order of time steps, as torch does, so that the same seed drops the same units.
@@ -95,7 +100,7 @@ class Layers(WithOptions, torch.nn.RNNBase):
             y, c_all = outputs[0] if directions == 1 else map(_concatenate, *outputs)
             x = y + x if self.residual and layer else y
 
-        results = []
+        results: list[Any] = []
         for sequence in (x, c_all) if self.return_cell_states else (x,):
             if packed:
                 sequence = PackedSequence(sequence, batch_sizes, sorted_indices, unsorted_indices)
@@ -104,8 +109,8 @@ class Layers(WithOptions, torch.nn.RNNBase):
             elif batch_first:
                 sequence = sequence.transpose(0, 1)
             results.append(sequence)
-        finals = [_stack(final, unbatched, unsorted_indices) for final in zip(*finals) if final[0] is not None]
-        results.insert(1, tuple(finals) if len(finals) > 1 else finals[0])
+        stacked = [_stack(final, unbatched, unsorted_indices) for final in zip(*finals) if final[0] is not None]
+        results.insert(1, tuple(stacked) if len(stacked) > 1 else stacked[0])
         return tuple(results)
 
     def _states(self, hx: Any, unbatched: bool, sorted_indices: Tensor | None) -> list[tuple[Any, Any]]:
@@ -148,6 +153,7 @@ class Layers(WithOptions, torch.nn.RNNBase):
         if self.training and self.recurrent_dropout:
             batch = x.shape[1] if batch_sizes is None else int(batch_sizes[0])
             recurrent_mask = torch.dropout(x.new_ones(batch, weight_hh.shape[1]), self.recurrent_dropout, True)
+        norm_ih, norm_hh, norm_c = self._norms(self._all_weights[index][0].removeprefix("weight_ih"))
         return RecurrenceCall(
             self._cell,
             x,
@@ -164,7 +170,9 @@ class Layers(WithOptions, torch.nn.RNNBase):
             self.zoneout,
             self._zoneout_seed(),
             recurrent_mask,
-            *self._norms(self._all_weights[index][0].removeprefix("weight_ih")),
+            norm_ih,
+            norm_hh,
+            norm_c,
             self.reset_after,
             self.bidirectional and index % 2 == 1,
             self.return_cell_states,
@@ -207,7 +215,7 @@ class LSTM(Layers, torch.nn.LSTM):
     """:class:`torch.nn.LSTM`, the options of :class:`RNN`, and
 
     Args:
-        forget_bias: initial value of the forget gate's bias, 1.0 for instance (Jozefowicz et al. 2015); None initialises
+        forget_bias: initial value of the forget gate's bias, 1.0 for instance (Jozefowicz et al. 2015); None sets
             it as torch.nn does.
         return_cell_states: forward returns output, (h_n, c_n) and every c_t of the last layer, shaped as the output is,
             with H in place of proj_size.

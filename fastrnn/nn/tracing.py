@@ -12,7 +12,9 @@ _CONFIG = "torch._dynamo.config"
 class _ConfigFinder(importlib.abc.MetaPathFinder):
     """Stands by for the first import of TorchDynamo's settings, which takes a second that nobody else should pay."""
 
-    def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> importlib.machinery.ModuleSpec | None:
+    def find_spec(
+        self, name: str, path: Any, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
         if name != _CONFIG:
             return None
         sys.meta_path.remove(self)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+import itertools
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastrnn import backends
 from fastrnn.backends import Norm, RecurrenceCall, aten, cpu, reference
@@ -208,15 +208,15 @@ def _check_batch_sizes(call: RecurrenceCall) -> int:
     assert sizes is not None
     if sizes.dim() != 1 or sizes.dtype != torch.int64 or sizes.device.type != "cpu" or not len(sizes):
         raise ValueError(
-            f"batch_sizes must be a non-empty 1-D int64 tensor on the CPU, got shape {tuple(sizes.shape)} {sizes.dtype} "
-            f"on {sizes.device}"
+            "batch_sizes must be a non-empty 1-D int64 tensor on the CPU, got shape "
+            f"{tuple(sizes.shape)} {sizes.dtype} on {sizes.device}"
         )
     if call.lengths is not None:
         raise ValueError("lengths cannot be combined with batch_sizes, which already say where sequences end")
     if torch.compiler.is_compiling():
         return call.h0.shape[0] if call.h0 is not None else int(sizes[0])
     listed = sizes.tolist()
-    if listed[-1] <= 0 or any(a < b for a, b in zip(listed, listed[1:], strict=False)) or sum(listed) != len(call.x):
+    if listed[-1] <= 0 or any(a < b for a, b in itertools.pairwise(listed)) or sum(listed) != len(call.x):
         raise ValueError(
             "batch_sizes must be positive, must not increase and must add up to the rows of x "
             f"({len(call.x)}), got {listed if len(listed) <= 8 else str(listed[:8])[:-1] + ', ...]'}"
@@ -337,7 +337,7 @@ def run_on(call: RecurrenceCall, picked: str) -> tuple[Tensor, Tensor, Tensor | 
 
 
 def _use_registered_op() -> bool:
-    """Under torch.compile, export and dispatch modes (fake tensors, profilers of FLOPs) the registered op must be seen."""
+    """Under torch.compile, export and dispatch modes (fake tensors, FLOP counters) the registered op must be seen."""
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
@@ -392,7 +392,7 @@ def _differentiable_gradients(
     with torch.enable_grad():
         call = RecurrenceCall(
             cell.removesuffix("_reset_before"),
-            *inputs,  # type: ignore[arg-type]
+            *cast("tuple[Any, Any, Any, Any, Any, Any, Any]", tuple(inputs)),
             reset_after=not cell.endswith("_reset_before"),
             lengths=lengths,
             batch_sizes=batch_sizes,
@@ -404,7 +404,7 @@ def _differentiable_gradients(
         )
         outputs = reference.run(call)
         pairs = [(o, g) for o, g in zip(outputs, gradients, strict=True) if o is not None and g is not None]
-        wanted = [tensor for tensor, need in zip(inputs, needs, strict=True) if need]
+        wanted = [tensor for tensor, need in zip(inputs, needs, strict=True) if need and tensor is not None]
         found = iter(
             torch.autograd.grad(
                 [o for o, _ in pairs], wanted, [g for _, g in pairs], create_graph=True, allow_unused=True

@@ -180,7 +180,7 @@ def recurrence(
         if active is not None:
             y = torch.where(active, h_new, 0)
             h_new = torch.where(active, h_new, h)
-            c_new = None if c_new is None else torch.where(active, c_new, c)
+            c_new = None if c_new is None or c is None else torch.where(active, c_new, c)
 
         h, c = h_new, c_new
         outputs.append(y)

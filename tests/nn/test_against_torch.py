@@ -4,7 +4,6 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st

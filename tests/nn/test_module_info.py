@@ -1,6 +1,7 @@
 """torch's own samples and error samples of its recurrent modules, run with ours."""
 
 import copy
+import functools
 import pickle
 from collections.abc import Iterator
 from typing import Any
@@ -96,6 +97,18 @@ def test_non_contiguous_tensors(name: str, dtype: torch.dtype, training: bool) -
         torch.testing.assert_close(outputs_and_gradients(ours, *spaced), outputs_and_gradients(ours, *plain))
 
 
+def _called_with(
+    ours: torch.nn.Module, leaves: list[Any], spec: Any, places: list[int], names: list[str], *inputs: torch.Tensor
+) -> Any:
+    """The module's outputs as a function of the tensors in its arguments at `places` and of the parameters `names`."""
+    given = list(leaves)
+    for place, value in zip(places, inputs):
+        given[place] = value
+    args, kwargs = _pytree.tree_unflatten(given, spec)
+    weights = dict(zip(names, inputs[len(places) :]))
+    return tuple(tensors(torch.func.functional_call(ours, weights, args, kwargs)))
+
+
 @modules
 @pytest.mark.parametrize(
     ("backend", "training"),
@@ -111,14 +124,7 @@ def test_gradcheck_and_gradgradcheck(name: str, backend: str, training: bool) ->
         places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
         names = [name for name, _ in ours.named_parameters()]
 
-        def function(*inputs: torch.Tensor) -> Any:
-            given = list(leaves)
-            for place, value in zip(places, inputs):
-                given[place] = value
-            args, kwargs = _pytree.tree_unflatten(given, spec)
-            weights = dict(zip(names, inputs[len(places) :]))
-            return tuple(tensors(torch.func.functional_call(ours, weights, args, kwargs)))
-
+        function = functools.partial(_called_with, ours, leaves, spec, places, names)
         inputs = (*(leaves[i] for i in places), *(p.detach().clone().requires_grad_() for p in ours.parameters()))
         assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
         assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
