@@ -14,6 +14,7 @@ import copy
 import hashlib
 import io
 import json
+import os
 import platform
 import shlex
 import statistics
@@ -349,7 +350,7 @@ def explain(model: nn.Module, tokens: Tensor) -> str:
 
 
 def print_header(
-    corpus: Corpus, model: CharacterModel, args: argparse.Namespace, device: torch.device, choices: str
+    corpus: Corpus, model: CharacterModel, args: argparse.Namespace, device: torch.device, choices: str, load: float
 ) -> None:
     rare = f" ({corpus.rare} rare ones read as {RARE})" if corpus.rare else ""
     parameters = sum(p.numel() for p in model.parameters())
@@ -360,6 +361,8 @@ def print_header(
         f" clip {args.clip:g}, seed {args.seed}; twice, taking turns"
     )
     print(f"device    {describe_device(device)}, torch {torch.__version__}, fastrnn {fastrnn.__version__}")
+    if device.type == "cpu" and load > torch.get_num_threads() / 2:
+        print(f"note      load average {load:.1f} at the start: programs that share the cores spoil the times below")
     print("back end  " + choices.replace("\n", "\n" + " " * 10), end="\n\n")
 
 
@@ -369,6 +372,7 @@ def describe_model(args: argparse.Namespace) -> str:
 
 def main() -> int:
     args = parse_arguments()
+    load = os.getloadavg()[0]
     sys.stdout.reconfigure(line_buffering=True, errors="replace")
     device = choose_device(args.device)
     corpus = make_corpus(args.data, args.batch, args.sequence)
@@ -398,7 +402,7 @@ def main() -> int:
         if reached[0] == args.iterations or reached[1] > args.iterations:
             fail(f"--resume: the checkpoint is at iteration {reached[1]} already, go on with larger --iterations")
 
-    print_header(corpus, model, args, device, choices)
+    print_header(corpus, model, args, device, choices, load)
     report = Report(runs, corpus, args, samples)
 
     def save() -> None:
@@ -417,7 +421,14 @@ def main() -> int:
         command = shlex.join(["python", *(argument for argument in sys.argv if argument != "--resume"), "--resume"])
         print(f"Stopped at iteration {runs['fastrnn'].iteration}; go on with: {command}")
         return 130
-    metrics = report.metrics()
+    environment = {
+        "device": describe_device(device),
+        "torch": torch.__version__,
+        "fastrnn": fastrnn.__version__,
+        "load_average_at_start": load,
+        "back_end": choices,
+    }
+    metrics = {"settings": settings, "environment": environment} | report.metrics()
     write_results(args.output, metrics, describe_model(args))
     print_summary(metrics, args.output)
     return 0

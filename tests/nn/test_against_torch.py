@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
@@ -83,6 +83,7 @@ def layer_inputs(
     return given, hx if len(hx) == 2 else hx[0]
 
 
+@settings(max_examples=30)  # each takes up to 32 draws
 @given(
     kind=st.sampled_from(["tanh", "relu", "GRU", "LSTM"]),
     input_size=st.sampled_from([1, 2, 7, 16, 33]),

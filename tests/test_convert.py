@@ -1,0 +1,150 @@
+"""accelerate() and restore() on models as they are found in other projects."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune
+
+import fastrnn
+
+
+class Tagger(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(10, 6)
+        self.encoder = nn.GRU(6, 7, num_layers=2, bidirectional=True, batch_first=True)
+        self.stack = nn.ModuleList([nn.LSTM(14, 5), nn.RNN(5, 4, nonlinearity="relu")])
+        self.cell = nn.LSTMCell(4, 3)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x, _ = self.encoder(self.embedding(tokens))
+        for layer in self.stack:
+            x, _ = layer(x)
+        return self.cell(x[0])[0]
+
+
+class Named(nn.LSTM):
+    """A subclass that adds something, but no forward pass."""
+
+    def units(self) -> int:
+        return self.hidden_size
+
+
+class Doubling(nn.GRU):
+    def forward(self, input, hx=None):  # type: ignore[no-untyped-def, override]
+        return super().forward(input * 2, hx)
+
+
+TOKENS = torch.randint(10, (3, 8), generator=torch.Generator().manual_seed(0))
+
+
+def losses(model: nn.Module, steps: int = 5) -> list[float]:
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    found = []
+    for _ in range(steps):
+        loss = model(TOKENS).square().sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        found.append(loss.item())
+    return found
+
+
+def test_the_same_training_run() -> None:
+    model = Tagger()
+    accelerated = fastrnn.accelerate(copy.deepcopy(model))
+    assert type(accelerated.encoder) is fastrnn.nn.GRU and isinstance(accelerated.encoder, nn.GRU)
+    assert type(accelerated.cell) is fastrnn.nn.LSTMCell
+    assert losses(accelerated) == pytest.approx(losses(model), rel=1e-4)
+
+
+def test_in_place_and_undone() -> None:
+    model = Tagger()
+    parameters, keys = list(model.parameters()), list(model.state_dict())
+    calls = []
+    model.encoder.register_forward_hook(lambda *_: calls.append(1))
+    expected = model(TOKENS)
+    assert fastrnn.accelerate(model) is model
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    assert list(model.state_dict()) == keys
+    torch.testing.assert_close(model(TOKENS), expected)
+    assert len(calls) == 2
+    before = dict(Tagger().encoder.__dict__)
+    assert fastrnn.restore(fastrnn.accelerate(model, backend="reference")) is model
+    assert type(model.encoder) is nn.GRU and type(model.cell) is nn.LSTMCell
+    assert model.encoder.__dict__.keys() == before.keys()
+    torch.testing.assert_close(model(TOKENS), expected)
+
+
+def test_the_root_itself() -> None:
+    layer = nn.LSTM(3, 4)
+    assert fastrnn.accelerate(layer) is layer
+    assert type(layer) is fastrnn.nn.LSTM
+    assert type(fastrnn.restore(layer)) is nn.LSTM
+
+
+def test_restore_leaves_our_own_modules_alone() -> None:
+    layer = fastrnn.nn.GRU(3, 4, reset_after=False)
+    assert type(fastrnn.restore(layer)) is fastrnn.nn.GRU
+    assert not layer.reset_after
+
+
+def test_subclasses() -> None:
+    named, doubling = fastrnn.accelerate(Named(3, 4)), fastrnn.accelerate(Doubling(3, 4))
+    assert isinstance(named, Named) and isinstance(named, fastrnn.nn.LSTM) and named.units() == 4
+    assert type(doubling) is Doubling
+    copied = pickle.loads(pickle.dumps(named))
+    x = torch.randn(2, 1, 3)
+    assert torch.equal(copied(x)[0], named(x)[0])
+    assert type(fastrnn.restore(named)) is Named
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
+def test_copies_stay_accelerated(way: str) -> None:
+    model = fastrnn.accelerate(Tagger())
+    if way == "deepcopy":
+        other = copy.deepcopy(model)
+    elif way == "pickle":
+        other = pickle.loads(pickle.dumps(model))
+    else:
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        other = torch.load(file, weights_only=False)
+    assert torch.equal(other(TOKENS), model(TOKENS))
+    assert type(fastrnn.restore(other).encoder) is nn.GRU
+    assert type(model.encoder) is fastrnn.nn.GRU
+
+
+def test_unknown_back_end() -> None:
+    model = Tagger()
+    with pytest.raises(ValueError, match="backend must be one of"):
+        fastrnn.accelerate(model, backend="tpu")
+    assert type(model.encoder) is nn.GRU
+
+
+def test_parametrized_weights() -> None:
+    layer = nn.LSTM(3, 4)
+    parametrizations.weight_norm(layer, "weight_hh_l0")
+    x = torch.randn(5, 2, 3)
+    expected = torch.autograd.grad(layer(x)[0].sum(), list(layer.parameters()))
+    fastrnn.accelerate(layer)
+    assert isinstance(layer, fastrnn.nn.LSTM)
+    found = torch.autograd.grad(layer(x)[0].sum(), list(layer.parameters()))
+    torch.testing.assert_close(found, expected)
+    parametrize.remove_parametrizations(layer, "weight_hh_l0")
+    assert type(fastrnn.restore(layer)) is nn.LSTM
+
+
+def test_pruned_weights() -> None:
+    layer = fastrnn.accelerate(nn.GRU(3, 4))
+    prune.l1_unstructured(layer, "weight_ih_l0", amount=0.5)
+    plain = nn.GRU(3, 4)
+    values = {name: getattr(layer, name) for name, _ in plain.named_parameters()}
+    plain.load_state_dict({name: value.detach() for name, value in values.items()})
+    x = torch.randn(5, 2, 3)
+    torch.testing.assert_close(layer(x)[0], plain(x)[0])
