@@ -99,7 +99,8 @@ def choose_device(name: str) -> torch.device:
 def describe_device(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
-    return f"{device} ({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{device} ({torch.backends.cpu.get_cpu_capability()}), {threads} thread{'s' * (threads > 1)}"
 
 
 def prepare_output(folder: Path) -> None:

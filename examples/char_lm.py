@@ -4,6 +4,9 @@ Two copies of one model start from the same parameters and see the same minibatc
 ``fastrnn.accelerate``. The program prints both losses as they go, the tokens per second of each and text that the
 model writes along the way, and leaves a picture of both loss curves, samples, metrics and a checkpoint in ``--output``.
 
+Rounding grows as training goes on: at the defaults two runs of torch.nn whose parameters differ in the last bit of one
+weight are 4e-7 apart after 200 iterations and 3e-3 after 400. So far torch.nn and fastrnn may part as well.
+
     python examples/char_lm.py
     python examples/char_lm.py --cell lstm --layers 1 --hidden 512 --data path/to/shakespeare.txt
 """
@@ -55,6 +58,7 @@ MAX_CHARACTERS = 4_000_000
 RARE = "\N{REPLACEMENT CHARACTER}"
 RARE_SHARE = 1e-5  # characters with a smaller share of the text than this become RARE
 ROW_EVERY = 50
+SAME_LOSS = 1e-4
 SAMPLE_AT = (100, 300, 500, 700, 1200, 2000)
 SAMPLE_EVERY = 1000  # from the last of SAMPLE_AT on
 SAMPLE_LENGTH = 300
@@ -283,6 +287,7 @@ class Report:
             "speed_up": second["tokens_per_second"] / first["tokens_per_second"],
             "training_speed_up": first["training_seconds"] / second["training_seconds"],
             "sampling_speed_up": second["sampled_characters_per_second"] / first["sampled_characters_per_second"],
+            "same_loss_until": next((i for i, d in enumerate(differences) if d > SAME_LOSS), len(differences)),
             "largest_loss_difference": max(differences),
             "largest_loss_difference_at": differences.index(max(differences)) + 1,
             "runs": runs,
@@ -337,8 +342,9 @@ def print_summary(metrics: dict[str, Any], folder: Path) -> None:
         f"{metrics['sampling_speed_up']:>24.2f}"
     )
     print(
-        f"\nLargest difference of the two losses in {metrics['iterations']} iterations:"
-        f" {metrics['largest_loss_difference']:.1e}, at iteration {metrics['largest_loss_difference_at']}."
+        f"\nThe two losses agree within {SAME_LOSS:g} up to iteration {metrics['same_loss_until']} of"
+        f" {metrics['iterations']}; their largest difference, {metrics['largest_loss_difference']:.1e}, is at iteration"
+        f" {metrics['largest_loss_difference_at']}."
     )
     print(f"Wrote curves.png, samples.txt, metrics.json and checkpoint.pt to {folder}.")
 

@@ -1,6 +1,10 @@
 """Settings that all tests share."""
 
+import os
 from collections.abc import Iterator
+
+# Read when torch loads OpenMP: where tests share their cores, waiting threads that spin make them up to ten times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import hypothesis
 import pytest

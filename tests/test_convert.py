@@ -148,3 +148,80 @@ def test_pruned_weights() -> None:
     plain.load_state_dict({name: value.detach() for name, value in values.items()})
     x = torch.randn(5, 2, 3)
     torch.testing.assert_close(layer(x)[0], plain(x)[0])
+
+
+def test_weight_norm_of_the_old_kind() -> None:
+    """It removes the parameter and sets a plain tensor of its name before each call."""
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        layer = nn.utils.weight_norm(nn.LSTM(3, 4), "weight_hh_l0")
+    x = torch.randn(5, 2, 3)
+    expected = layer(x)[0]
+    gradients = torch.autograd.grad(expected.sum(), list(layer.parameters()))
+    y = fastrnn.accelerate(layer)(x)[0]
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), list(layer.parameters())), gradients)
+
+
+def test_parametrized_after_and_before() -> None:
+    x = torch.randn(5, 2, 3)
+    layer = fastrnn.accelerate(nn.GRU(3, 4))
+    parametrizations.orthogonal(layer, "weight_hh_l0")
+    expected = layer(x)[0]
+    other = copy.deepcopy(layer)
+    fastrnn.restore(layer)
+    assert isinstance(layer, nn.GRU) and not isinstance(layer, fastrnn.nn.GRU)
+    assert isinstance(other, fastrnn.nn.GRU)
+    for module in (layer, other):
+        torch.testing.assert_close(module(x)[0], expected)
+        parametrize.remove_parametrizations(module, "weight_hh_l0")
+        torch.testing.assert_close(module(x)[0], expected)
+    assert type(layer) is nn.GRU and type(other) is fastrnn.nn.GRU
+
+
+def test_a_second_call_changes_the_back_end_only() -> None:
+    layer, x = nn.LSTM(3, 4), torch.randn(5, 2, 3)
+    fastrnn.accelerate(fastrnn.accelerate(layer, backend="reference"), backend="aten")
+    assert type(layer) is fastrnn.nn.LSTM and layer.backend == "aten"
+    assert "aten (backend='aten')" in fastrnn.explain(layer, x)
+    fastrnn.accelerate(layer)
+    assert layer.backend == "auto"
+    ours = fastrnn.nn.GRU(3, 4, backend="reference")
+    assert fastrnn.accelerate(ours, backend="cpu").backend == "reference"  # asked for by name, not by accelerate
+
+
+class ChecksItself(nn.LSTM):
+    def check_forward_args(self, input, hidden, batch_sizes):  # type: ignore[no-untyped-def, override]
+        raise RuntimeError("checked")
+
+
+class WithBackend(nn.LSTM):
+    def __init__(self) -> None:
+        super().__init__(3, 4)
+        self.backend = "of its own"
+
+
+def test_modules_that_are_left_alone_are_named() -> None:
+    patched = nn.GRU(3, 4)
+    patched.forward = lambda input: (input, None)  # type: ignore[method-assign]
+    model = fastrnn.accelerate(nn.ModuleDict({"a": ChecksItself(3, 4), "b": WithBackend(), "c": patched}))
+    assert [type(part) for part in model.values()] == [ChecksItself, WithBackend, nn.GRU]
+    assert model["b"].backend == "of its own"
+    reasons = [fastrnn.convert.reasons_against(part) for part in model.values()]
+    assert reasons == [
+        ["ChecksItself has its own check_forward_args()"],
+        ["WithBackend has an attribute backend"],
+        ["GRU has its own forward()"],
+    ]
+    with pytest.raises(RuntimeError, match="checked"):
+        model["a"](torch.zeros(5, 2, 3))
+
+
+def test_data_parallel_replicas_and_lists_of_modules() -> None:
+    shared = nn.GRU(3, 3)
+    model = fastrnn.accelerate(nn.Sequential(shared, nn.ModuleList([shared])))
+    assert model[0] is model[1][0] is shared and type(shared) is fastrnn.nn.GRU
+    replica = shared._replicate_for_data_parallel()
+    for name, parameter in shared.named_parameters():
+        setattr(replica, name, parameter)
+    x = torch.randn(5, 2, 3)
+    assert torch.equal(replica(x)[0], shared(x)[0])

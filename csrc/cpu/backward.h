@@ -232,7 +232,7 @@ class Backward {
       if (rows <= 0) return 1;
       const float *a = next + from * f.gradient_stride_, *b = args.weight_hh + p * panel_stride;
       if (panels_at_once<2>(rows) == 2 && p + 2 <= limit) {
-        two_panels<2>(rows, k_size, a, f.gradient_stride_, b, panel_stride, out);
+        two_panels<2>(rows, k_size, kDepth, a, f.gradient_stride_, b, panel_stride, out);
         return 2;
       }
       multiply_rows_by_panel(rows, k_size, a, b, out);

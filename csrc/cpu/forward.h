@@ -401,7 +401,7 @@ class Forward {
       const float *a = operand_at(s, i), *b = args.weight_hh + p * panel_stride;
       if constexpr (panels_at_once<P::NV>(1) == 2) {
         if (panels_at_once<P::NV>(rows) == 2 && p + 2 <= limit) {
-          two_panels<P::NV>(rows, k_size, a, f.h_stride_, b, panel_stride, product);
+          two_panels<P::NV>(rows, k_size, kDepth, a, f.h_stride_, b, panel_stride, product);
           return 2;
         }
       }

@@ -108,19 +108,21 @@ inline void prefetch_rows(const float* a, int64_t lda, int64_t rows, int64_t siz
     for (int64_t k = 0; k < size; k += 16) __builtin_prefetch(a + row * lda + k);
 }
 
-// One to three rows by two panels: out[panel][row][NV * lanes].
+// Adds to what earlier passes over k left in c.
+inline Start resume(bool resumed, const float* c, int64_t ldc) { return resumed ? Start{c, ldc} : kZero; }
+
+// One to three rows by two panels, in passes of `depth` over k: out[panel][row][NV * lanes].
 template <int NV>
-inline void two_panels(int64_t rows, int64_t k_size, const float* a, int64_t lda, const float* b, int64_t panel_stride,
-                       float* out) {
+inline void two_panels(int64_t rows, int64_t k_size, int64_t depth, const float* a, int64_t lda, const float* b,
+                       int64_t panel_stride, float* out) {
   constexpr int64_t kWidth = NV * kLanes;
   const auto call = rows == 1   ? tile_call<1, NV, 2, false>
                     : rows == 2 ? tile_call<2, NV, 2, false>
                                 : tile_call<3, NV, 2, false>;
-  call(k_size, a, lda, b, kWidth, panel_stride, kZero, out, kWidth, rows * kWidth);
+  for (int64_t k = 0; k < k_size; k += depth)
+    call(smaller(depth, k_size - k), a + k, lda, b + k * kWidth, kWidth, panel_stride, resume(k > 0, out, kWidth), out,
+         kWidth, rows * kWidth);
 }
-
-// Adds to what earlier passes over k left in c.
-inline Start resume(bool resumed, const float* c, int64_t ldc) { return resumed ? Start{c, ldc} : kZero; }
 
 // Balanced row tiles: 16 rows of at most 6 are 6 + 5 + 5, never 6 + 6 + 4.
 struct RowTiles {

@@ -49,6 +49,8 @@ def reasons_against(call: RecurrenceCall) -> list[str]:
         reasons.append("no kernel for the gradient of recurrent_mask")
     if call.weight_hh.shape[0] == 0:
         reasons.append("hidden size 0")
+    if call.x.shape[-1] == 0:
+        reasons.append("input size 0")
     if torch.is_autocast_enabled("cpu"):
         reasons.append("autocast to lower precision is on; the kernels compute in torch.float32")
     return reasons

@@ -33,8 +33,8 @@ class OneStep(WithOptions, torch.nn.RNNCellBase):
     def _forward(self, input: Any, hx: Any) -> Any:
         cell = self._cell
         h0, c0 = (None, None) if hx is None else hx if cell == "lstm" else (hx, None)
-        x = input.unsqueeze(0)
         unbatched = input.dim() == 1
+        x = input.unsqueeze(0)
         if unbatched:
             x = x.unsqueeze(0)
             h0 = None if h0 is None else h0.unsqueeze(0)

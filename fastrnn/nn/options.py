@@ -42,10 +42,13 @@ class WithOptions(torch.nn.Module):
         for name, value in options.items():
             if name == "backend":
                 check_backend(value)
-            if name in _PROBABILITIES and (isinstance(value, bool) or not 0 <= value <= 1):
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if name in _PROBABILITIES and not (number and 0 <= value <= 1):
                 raise ValueError(f"{name} must be a probability in [0, 1], got {value!r}")
             if name in _FLAGS and not isinstance(value, bool):
                 raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+            if name == "forget_bias" and not (value is None or number):
+                raise TypeError(f"forget_bias must be a number or None, got {type(value).__name__}")
             setattr(self, name, value)
 
     def _add_layer_norms(self, suffixes: list[str]) -> None:

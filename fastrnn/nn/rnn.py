@@ -68,9 +68,9 @@ class Layers(WithOptions, torch.nn.RNNBase):
         x = x.unsqueeze(1) if unbatched else x.transpose(0, 1) if batch_first else x
         if len(x) == 0:
             raise ValueError(f"input must have at least one time step, got shape {tuple(input.shape)}")
-        if lengths is not None and unbatched:
+        if isinstance(lengths, Tensor) and unbatched:
             lengths = lengths.reshape(1)
-        if resets is not None:
+        if isinstance(resets, Tensor):
             if resets.dim() != (1 if unbatched else 2):
                 raise ValueError(
                     f"resets must have {1 if unbatched else 2} dimensions, got shape {tuple(resets.shape)}"

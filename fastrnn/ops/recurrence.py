@@ -232,6 +232,9 @@ def _check_options(call: RecurrenceCall, batch: int) -> None:
     if call.layer_norm_c is not None and call.cell != "lstm":
         raise ValueError(f"layer_norm_c is for the cell 'lstm', got cell {call.cell!r}")
     lengths, resets = call.lengths, call.resets
+    for name, given in (("lengths", lengths), ("resets", resets)):
+        if not (given is None or isinstance(given, Tensor)):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(given).__name__}")
     if lengths is not None:
         if lengths.dtype not in (torch.int64, torch.int32) or tuple(lengths.shape) != (batch,):
             raise ValueError(

@@ -1,0 +1,251 @@
+"""Calls of the operator, spelled out or drawn, and what a back end makes of them: outputs and all gradients."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastrnn import backends
+from fastrnn.backends import RecurrenceCall, cpu, native
+from fastrnn.ops.recurrence import check, run_on
+from fastrnn.reference import CELLS
+from tests.accuracy import assert_as_accurate_over
+
+LIBRARY: Any = native.load()
+ISAS: list[str] = LIBRARY.cpu_isas() if LIBRARY else []
+OUTPUTS = ("y", "h_n", "c_n", "c_all")
+
+# The options of a call, as RecurrenceCall.options() names them, and the cells that have them.
+OPTIONS = {
+    "lengths": tuple(CELLS),
+    "resets": tuple(CELLS),
+    "zoneout": tuple(CELLS),
+    "recurrent_mask": tuple(CELLS),
+    "layer_norm": tuple(CELLS),
+    "layer_norm_c": ("lstm",),
+    "reset_after=False": ("gru",),
+    "return_cell_states": ("lstm",),
+    "proj_size": ("lstm",),  # weight_hr
+}
+
+
+def _transposed(x: Tensor) -> Tensor:
+    return x if x.dim() < 2 else x.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+def _strided(x: Tensor) -> Tensor:
+    return torch.stack([x, x], -1)[..., 0]
+
+
+def _offset(x: Tensor) -> Tensor:
+    inner = tuple(slice(1, n + 1) for n in x.shape)
+    surrounding = x.new_full([n + 3 for n in x.shape], math.nan if x.is_floating_point() else 1)
+    surrounding[inner] = x
+    return surrounding[inner]
+
+
+def _expanded(x: Tensor) -> Tensor:
+    return x[:, :1].expand_as(x) if x.dim() == 3 else x[:1].expand_as(x)
+
+
+# Where a tensor's elements lie in memory; "expanded" makes rows equal too.
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": Tensor.contiguous,
+    "transposed": _transposed,
+    "strided": _strided,
+    "offset": _offset,
+    "expanded": _expanded,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of the operator but for its numbers, which `draw` gives."""
+
+    cell: str
+    steps: int
+    batch: int
+    inputs: int
+    hidden: int
+    options: tuple[str, ...] = ()
+    biases: tuple[str, ...] = ("bias_ih", "bias_hh")
+    states: tuple[str, ...] = ("h0", "c0")
+    project: bool = True  # False: gates_x in place of x and weight_ih
+    packed: bool = False
+    reverse: bool = False
+    longest: int | None = None  # of the lengths; None: T
+    zoneout_seed: int | None = 12345678901234
+    layout: str = "contiguous"
+    outputs: tuple[str, ...] = OUTPUTS  # that have a gradient
+    needs: tuple[str, ...] | None = None  # inputs whose gradients are wanted; None: all that kernels have
+    dtype: torch.dtype = torch.float32
+
+    def __str__(self) -> str:
+        changed = (f for f in fields(self)[5:] if getattr(self, f.name) != f.default)
+        shape = f"{self.steps}x{self.batch}x{self.inputs}x{self.hidden}"
+        return "-".join([self.cell, shape, *(f"{f.name}={getattr(self, f.name)}".replace(" ", "") for f in changed)])
+
+    def draw(self, seed: int = 0) -> tuple[RecurrenceCall, dict[str, Tensor]]:
+        """A call with random numbers, and a gradient for each output."""
+        generator = torch.Generator().manual_seed(seed)
+        rows = CELLS[self.cell].gates * self.hidden
+        projected = max(1, self.hidden // 2) if "proj_size" in self.options else self.hidden
+        lay_out = LAYOUTS[self.layout]
+
+        def normal(*shape: int, scale: float = 1.0, mean: float = 0.0) -> Tensor:
+            return lay_out((mean + scale * torch.randn(shape, generator=generator)).to(self.dtype))
+
+        def uniform(*shape: int) -> Tensor:
+            bound = 1 / math.sqrt(max(1, self.hidden))
+            return lay_out(((2 * torch.rand(shape, generator=generator) - 1) * bound).to(self.dtype))
+
+        def norm(size: int) -> tuple[Tensor, Tensor]:
+            return normal(size, scale=0.1, mean=1.0), normal(size, scale=0.1)
+
+        longest = self.steps if self.longest is None else self.longest
+        # Not by the seed: packed results of several draws must have one shape.
+        lengths = torch.randint(0, longest + 1, (self.batch,), generator=torch.Generator().manual_seed(1))
+        lengths[self.batch // 2 :][:1] = longest
+        batch_sizes = None
+        leading: tuple[int, ...] = (self.steps, self.batch)
+        if self.packed:
+            sequence_ends = lengths.clamp(min=1).sort(descending=True).values
+            batch_sizes = (torch.arange(self.steps)[:, None] < sequence_ends).sum(1)
+            leading = (int(batch_sizes.sum()),)
+        call = RecurrenceCall(
+            self.cell,
+            normal(*leading, self.inputs if self.project else rows),
+            uniform(rows, self.inputs) if self.project else None,
+            uniform(rows, projected),
+            uniform(rows) if "bias_ih" in self.biases and self.project else None,
+            uniform(rows) if "bias_hh" in self.biases else None,
+            h0=normal(self.batch, projected) if "h0" in self.states else None,
+            c0=normal(self.batch, self.hidden) if "c0" in self.states and self.cell == "lstm" else None,
+            batch_sizes=batch_sizes,
+            reverse=self.reverse,
+        )
+        gradients = {"y": normal(*leading, projected), "h_n": normal(self.batch, projected)}
+        if CELLS[self.cell].has_cell_state:
+            gradients["c_n"] = normal(self.batch, self.hidden)
+        for option in self.options:
+            if option == "lengths":
+                call.lengths = lay_out(lengths)
+            elif option == "resets":
+                call.resets = lay_out(torch.rand(self.steps, self.batch, generator=generator) < 0.3)
+            elif option == "zoneout":
+                call.zoneout, call.zoneout_seed = 0.3, self.zoneout_seed
+            elif option == "recurrent_mask":
+                kept = torch.rand(self.batch, projected, generator=generator) < 0.7
+                call.recurrent_mask = lay_out((kept / 0.7).to(self.dtype))
+            elif option == "layer_norm":
+                call.layer_norm_hh = norm(rows)
+                call.layer_norm_ih = norm(rows) if self.project else None
+            elif option == "layer_norm_c":
+                call.layer_norm_c = norm(self.hidden)
+            elif option == "reset_after=False":
+                call.reset_after = False
+            elif option == "return_cell_states":
+                call.return_cell_states = True
+                gradients["c_all"] = normal(*leading, self.hidden)
+            elif option == "proj_size":
+                call.weight_hr = uniform(projected, self.hidden)
+        return call, {name: gradient for name, gradient in gradients.items() if name in self.outputs}
+
+
+def with_tensors(call: RecurrenceCall, tensors: Mapping[str, Tensor]) -> RecurrenceCall:
+    """The call with other floating tensors, under the names that RecurrenceCall.tensors gives them."""
+    norms = {name[:-3]: (tensor, tensors[f"{name[:-3]}[1]"]) for name, tensor in tensors.items() if name[-3:] == "[0]"}
+    return replace(call, **{name: tensor for name, tensor in tensors.items() if name[-1] != "]"}, **norms)  # type: ignore[arg-type]
+
+
+def converted(call: RecurrenceCall, dtype: torch.dtype) -> RecurrenceCall:
+    return with_tensors(call, {name: tensor.to(dtype) for name, tensor in call.tensors().items()})
+
+
+def forward(call: RecurrenceCall, backend: str) -> dict[str, Tensor]:
+    """The outputs that the call has, by name."""
+    named = zip(OUTPUTS, run_on(check(call), backends.choose(call, backend)), strict=True)
+    return {name: out for name, out in named if out is not None and (name != "c_all" or call.return_cell_states)}
+
+
+def run(
+    call: RecurrenceCall, backend: str, gradients: Mapping[str, Tensor], needs: tuple[str, ...] | None = None
+) -> dict[str, Tensor]:
+    """Outputs, and gradients of the inputs that `needs` names as "d" and the input's name.
+
+    None: of all but recurrent_mask, whose gradient only the reference has.
+    """
+    inputs = {name: tensor.detach() for name, tensor in call.tensors().items()}
+    needs = needs or tuple(name for name in inputs if name != "recurrent_mask")
+    wanted = {name: tensor.requires_grad_() for name, tensor in inputs.items() if name in needs}
+    outputs = forward(with_tensors(call, inputs), backend)
+    # With T = 0 some outputs of the reference depend on nothing.
+    given = {name: gradient for name, gradient in gradients.items() if outputs[name].requires_grad}
+    if wanted and given:
+        found = torch.autograd.grad(
+            [outputs[name] for name in given], list(wanted.values()), list(given.values()), allow_unused=True
+        )
+        for (name, tensor), gradient in zip(wanted.items(), found, strict=True):
+            outputs[f"d{name}"] = torch.zeros_like(tensor) if gradient is None else gradient
+    return {name: out.detach() for name, out in outputs.items()}
+
+
+def poison_scratch(floats: int = 1 << 16) -> None:
+    """Fills the memory that the kernels are about to reuse with NaN, so that reading before writing shows."""
+    blocks, size = [], 16
+    while size < floats:
+        blocks += [LIBRARY.Workspace(size) for _ in range(4)]
+        size = size * 4 // 3
+    for block in blocks:
+        torch.frombuffer(block, dtype=torch.float32).fill_(math.nan)
+
+
+@contextlib.contextmanager
+def using_isa(name: str) -> Iterator[None]:
+    before = LIBRARY.cpu_isa()
+    LIBRARY.use_cpu_isa(name)
+    try:
+        yield
+    finally:
+        LIBRARY.use_cpu_isa(before)
+
+
+def assert_kernels_as_accurate(case: Case, isas: Sequence[str] = ISAS) -> None:
+    """Every output and gradient of the kernels, on every instruction set, is within the bound of tests/accuracy.py."""
+    draws = []
+    # The largest error of few numbers is a matter of luck, so that small shapes are drawn several times.
+    for seed in range(max(1, min(16, 5000 // max(1, case.steps * case.batch * min(case.inputs, case.hidden))))):
+        call, gradients = case.draw(seed)
+        doubled = {name: gradient.double() for name, gradient in gradients.items()}
+        exact = run(converted(call, torch.float64), "reference", doubled, case.needs)
+        torchs = run(call, "reference", gradients, case.needs)
+        ours = {}
+        for isa in isas:
+            with using_isa(isa):
+                poison_scratch()
+                ours[isa] = run(call, "cpu", gradients, case.needs)
+        draws.append((ours, dict.fromkeys(isas, torchs), dict.fromkeys(isas, exact)))
+    assert_as_accurate_over(draws)
+
+
+def kernel_options(cell: str) -> tuple[str, ...]:
+    """The options of this cell that the kernels have."""
+    return tuple(
+        option
+        for option, cells in OPTIONS.items()
+        if cell in cells and not cpu.reasons_against(Case(cell, 2, 2, 2, 2, (option,)).draw()[0])
+    )
+
+
+# The dtypes that the kernels have.
+DTYPES = [
+    dtype
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    if LIBRARY and not cpu.reasons_against(Case("rnn_tanh", 2, 2, 2, 2, dtype=dtype).draw()[0])
+]
