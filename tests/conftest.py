@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator
 
-# Read when torch loads OpenMP: where tests share their cores, waiting threads that spin make them up to ten times slower.
+# Read when torch loads OpenMP: on shared cores, threads that spin while they wait made tests over ten times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import hypothesis
