@@ -49,6 +49,7 @@ class CMakeBuild(build_ext):
         subprocess.run([cmake, "--build", str(build_dir)], check=True)
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)  # written over in place, it would crash the processes that have it loaded
         self.copy_file(str(build_dir / target.name), str(target))
 
 
