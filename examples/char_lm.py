@@ -311,7 +311,11 @@ def draw(path: Path, metrics: dict[str, Any], title: str) -> None:
         over_seconds.plot(seconds, smooth, label=label, color=styles[name]["color"], marker="o", markevery=[-1])
     over_steps.set_xlabel("training steps")
     over_steps.set_ylabel("loss, nats per character" + (f" (mean of {window} steps)" if window > 1 else ""))
-    over_steps.set_title(f"largest difference in one step {metrics['largest_loss_difference']:.1e}", fontsize="medium")
+    over_steps.set_title(
+        f"less than {SAME_LOSS:g} apart for {metrics['same_loss_until']} steps,"
+        f" {metrics['largest_loss_difference']:.1e} at most",
+        fontsize="medium",
+    )
     over_seconds.set_xlabel("seconds of training")
     over_seconds.set_title(f"median step {metrics['speed_up']:.2f} times as fast with fastrnn", fontsize="medium")
     for axes in (over_steps, over_seconds):
