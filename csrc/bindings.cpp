@@ -32,20 +32,23 @@ struct Workspace {
   const Scratch memory;
 };
 
+// The kernels for a data type; bfloat16 only where the caller has seen that there are some.
+const Kernels& kernels_for(bool bf16) { return bf16 ? *kernels_bf16() : kernels(); }
+
 int team_size(int threads) { return std::clamp<int>(threads, 1, kMaxSlots); }
 
 // A weight in the panels of the kernels, forward and backward, kept between calls.
 class PackedWeight {
  public:
-  PackedWeight(int cell, int64_t hidden_size, int64_t columns, bool hidden)
-      : cell_(static_cast<Cell>(cell)), hidden_size_(hidden_size), columns_(columns), hidden_(hidden) {}
+  PackedWeight(int cell, int64_t hidden_size, int64_t columns, bool hidden, bool bf16)
+      : cell_(static_cast<Cell>(cell)), hidden_size_(hidden_size), columns_(columns), hidden_(hidden), bf16_(bf16) {}
 
-  // Packs the weight [G*H, columns] at `address`. With `reuse` nothing is done where the panels still match its address
+  // Packs the weight [G*H, columns] at `address`, which holds floats or else elements of the kernels' data type. With `reuse` nothing is done where the panels still match its address
   // and a checksum of its contents: a version counter would miss writes through .data or shared memory.
-  void prepare(uintptr_t address, bool backward, bool reuse, int threads) {
+  void prepare(uintptr_t address, bool floats, bool backward, bool reuse, int threads) {
     Layout& layout = backward ? backward_ : forward_;
-    const Kernels& k = kernels();
-    const float* weight = pointer(address);
+    const Kernels& k = kernels_for(bf16_);
+    const void* weight = pointer(address);
     const int64_t size = gate_count(cell_) * hidden_size_ * columns_;
     if (layout.kernels != &k) {
       layout.panels.reset();
@@ -55,30 +58,36 @@ class PackedWeight {
       layout.source = nullptr;
     }
     py::gil_scoped_release release;
-    const uint64_t checksum = reuse ? k.checksum(weight, size, team_size(threads)) : 0;
+    const uint64_t checksum = reuse ? sum(k, weight, floats, size, team_size(threads)) : 0;
     if (reuse && layout.source == weight && layout.checksum == checksum) return;
     if (backward) {
-      k.pack_backward(cell_, hidden_size_, columns_, hidden_, weight, layout.panels->data(), team_size(threads));
+      k.pack_backward(cell_, hidden_size_, columns_, hidden_, weight, floats, layout.panels->data(), team_size(threads));
     } else {
-      k.pack_forward(cell_, hidden_size_, columns_, hidden_, weight, layout.panels->data(), team_size(threads));
+      k.pack_forward(cell_, hidden_size_, columns_, hidden_, weight, floats, layout.panels->data(), team_size(threads));
     }
     layout.source = reuse ? weight : nullptr;
     layout.checksum = checksum;
   }
 
-  const float* panels(bool backward) const { return (backward ? backward_ : forward_).panels->data(); }
+  const void* panels(bool backward) const { return (backward ? backward_ : forward_).panels->data(); }
 
  private:
   struct Layout {
     const Kernels* kernels = nullptr;
     std::unique_ptr<Scratch> panels;
-    const float* source = nullptr;  // null: contents unknown
+    const void* source = nullptr;  // null: contents unknown
     uint64_t checksum = 0;
   };
 
+  static uint64_t sum(const Kernels& k, const void* weight, bool floats, int64_t size, int threads) {
+    if (floats) return k.checksum(static_cast<const float*>(weight), size, threads);
+    const uint64_t last = size % 2 ? static_cast<const uint16_t*>(weight)[size - 1] : 0;
+    return k.checksum(static_cast<const float*>(weight), size / 2, threads) + last * 0x9E3779B97F4A7C15ull;
+  }
+
   const Cell cell_;
   const int64_t hidden_size_, columns_;
-  const bool hidden_;
+  const bool hidden_, bf16_;
   Layout forward_, backward_;
 };
 
@@ -89,8 +98,8 @@ class Layout {
  public:
   Layout(int cell, bool reverse, int64_t steps, int64_t batch, int64_t input_size, int64_t hidden_size,
          uintptr_t lengths, uintptr_t batch_sizes, uintptr_t resets, Strides reset_strides, float zoneout,
-         std::optional<uint64_t> zoneout_seed, uintptr_t recurrent_mask)
-      : active_(steps, batch), row_base_(steps + 1, 0), packed_(batch_sizes != 0) {
+         std::optional<uint64_t> zoneout_seed, uintptr_t recurrent_mask, bool bf16)
+      : kernels(kernels_for(bf16)), active_(steps, batch), row_base_(steps + 1, 0), packed_(batch_sizes != 0) {
     if (packed_) {
       std::copy_n(pointer<const int64_t>(batch_sizes), steps, active_.begin());
     } else if (lengths) {
@@ -131,6 +140,7 @@ class Layout {
     return {offsets.data(), strides.second};
   }
 
+  const Kernels& kernels;
   Problem problem;
 
  private:
@@ -158,7 +168,7 @@ void forward(const Layout& layout, uintptr_t x, Strides x_strides, const PackedW
                          pointer(saved),
                          pointer(c_all)};
   py::gil_scoped_release release;
-  kernels().forward(layout.problem, args, team_size(threads));
+  layout.kernels.forward(layout.problem, args, team_size(threads));
 }
 
 void backward(const Layout& layout, uintptr_t dy, Strides dy_strides, uintptr_t dh_n, uintptr_t dc_n,
@@ -192,7 +202,7 @@ void backward(const Layout& layout, uintptr_t dy, Strides dy_strides, uintptr_t 
                           pointer(dh0),
                           pointer(dc0)};
   py::gil_scoped_release release;
-  kernels().backward(layout.problem, args, team_size(threads));
+  layout.kernels.backward(layout.problem, args, team_size(threads));
 }
 
 Problem step_problem(int cell, int64_t batch, int64_t input_size, int64_t hidden_size) {
@@ -237,10 +247,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_isa", [] { return kernels().isa; });
   m.def("cpu_isas", &available_isas);
   m.def("use_cpu_isa", &use_isa);
-  m.def("fma_ceiling", [](int threads, double milliseconds) {
+  m.def("has_bf16", [] { return kernels_bf16() != nullptr; });
+  m.def("fma_ceiling", [](int threads, double milliseconds, bool bf16) {
     py::gil_scoped_release release;
-    return kernels().fma_ceiling(threads, milliseconds * 1e-3) * 1e-9;
-  });
+    return kernels_for(bf16).fma_ceiling(threads, milliseconds * 1e-3) * 1e-9;
+  }, py::arg(), py::arg(), py::arg() = false);
   m.def("stream_bandwidth", [](int64_t bytes, int threads) {
     const Scratch buffer(bytes / 4);
     std::fill_n(buffer.data(), bytes / 4, 1.0f);
@@ -259,11 +270,11 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<int64_t>())
       .def_buffer([](Workspace& w) { return py::buffer_info(w.memory.data(), w.floats); });
   py::class_<PackedWeight>(m, "PackedWeight")
-      .def(py::init<int, int64_t, int64_t, bool>())
+      .def(py::init<int, int64_t, int64_t, bool, bool>())
       .def("prepare", &PackedWeight::prepare);
   py::class_<Layout>(m, "Layout")
       .def(py::init<int, bool, int64_t, int64_t, int64_t, int64_t, uintptr_t, uintptr_t, uintptr_t, Strides, float,
-                    std::optional<uint64_t>, uintptr_t>());
+                    std::optional<uint64_t>, uintptr_t, bool>());
   m.def("forward", &forward);
   m.def("backward", &backward);
   m.def("step", &step);

@@ -9,36 +9,56 @@ namespace fastrnn {
 namespace {
 
 constexpr int64_t kGradientRows = 384;  // rows of a chunk
-constexpr int64_t kInputDepth = 256;    // depth of one pass of dG W_ih: rows * depth of dG stay in L2
+constexpr int64_t kBackwardDepth = 256;  // words per pass over a panel of dG W
 constexpr int64_t kBlockPanels = 16;    // panels of [h | x] per pass over the rows of dW: 16 * 384 rows stay in L2
 
-// Columns of dG in tiles [K][MR], and what they add to the biases' gradients: short sums in float, long ones in double.
+// Columns of dG in tiles [words of rows][MR], and what they add to the biases' gradients: short sums in float, long ones
+// in double. stride: elements of a row of dG.
 template <int MR>
-inline void pack_columns(const float* from, int64_t stride, int64_t k_size, float* packed, double* sums) {
+inline void pack_columns(const Element* from, int64_t stride, int64_t rows, Word* packed, double* sums) {
   constexpr int64_t kShort = 32;
-  for (int64_t k = 0; k < k_size; k += kShort) {
+  for (int64_t row = 0; row < rows; row += kShort) {
     float total[MR] = {};
-    for (int64_t last = smaller(k_size, k + kShort), i = k; i < last; ++i, from += stride, packed += MR)
+    for (int64_t last = smaller(rows, row + kShort), i = row; i < last;
+         i += kPerWord, from += kPerWord * stride, packed += MR)
       for (int m = 0; m < MR; ++m) {
+#ifdef FASTRNN_BF16
+        const Element second = i + 1 < last ? from[stride + m] : 0;
+        packed[m] = pair(from[m], second);
+        total[m] += to_float(second);
+#else
         packed[m] = from[m];
-        total[m] += from[m];
+#endif
+        total[m] += to_float(from[m]);
       }
     for (int m = 0; m < MR; ++m) sums[m] += total[m];
   }
 }
 
 template <int MR = max_rows<2>()>
-inline void pack_columns(int64_t columns, const float* from, int64_t stride, int64_t k_size, float* packed,
+inline void pack_columns(int64_t columns, const Element* from, int64_t stride, int64_t rows, Word* packed,
                          double* sums) {
   if (columns == MR) {
-    pack_columns<MR>(from, stride, k_size, packed, sums);
+    pack_columns<MR>(from, stride, rows, packed, sums);
   } else if constexpr (MR > 1) {
-    pack_columns<MR - 1>(columns, from, stride, k_size, packed, sums);
+    pack_columns<MR - 1>(columns, from, stride, rows, packed, sums);
   }
 }
 
+// Writes one row of a panel of B, which has kPerWord of its rows in each row of words.
+inline __attribute__((always_inline)) void put_row(Word* panel, int64_t row, int64_t column, Vec values) {
+  Word* to = panel + row / kPerWord * kColumns + column;
+#ifdef FASTRNN_BF16
+  const Words old = load(to);
+  const Words fresh = reinterpret_cast<Words>(_mm512_cvtepu16_epi32(rounded(values)));
+  store(to, row % 2 ? (old & 0xffff) | fresh << 16 : (old & ~0xffff) | fresh);
+#else
+  store(to, values);
+#endif
+}
+
 // out[columns of dG][columns] (+)= dG^T B for one tile of packed columns of dG and `panels` panels of B.
-inline void add_outer(int64_t rows, int64_t k_size, const float* packed, const float* b, int64_t panel_stride,
+inline void add_outer(int64_t rows, int64_t k_size, const Word* packed, const Word* b, int64_t panel_stride,
                       int64_t panels, bool accumulate, float* out, int64_t ldc, int64_t columns) {
   for (int64_t p = 0; p < panels; ++p) {
     const int64_t count = columns - p * kColumns;
@@ -67,7 +87,7 @@ constexpr GradientBlock gradient_block(int block) {
   return {block, block};
 }
 
-// Depth of one pass of dG^T [h | x]. Shorter sums round less, longer ones write dW less often (384: 3 % faster than 128),
+// Rows of one pass of dG^T [h | x]. Shorter sums round less, longer ones write dW less often (384: 3 % faster than 128),
 // which matters where dW is large.
 inline int64_t outer_depth(int64_t hidden_size) { return hidden_size <= 64 ? 64 : hidden_size <= 256 ? 128 : 384; }
 
@@ -88,19 +108,25 @@ class Backward {
         deal_(deal_recurrence(problem, panels_, threads)),
         barrier_(deal_.slots),
         chunk_rows_(largest_chunk(problem)),
-        gradient_stride_(padded(kBlocks * problem.hidden_size)),
+        chunk_words_(words(chunk_rows_)),
+        gate_stride_(gate_stride(problem.hidden_size)),
+        gradient_stride_(padded(kBlocks * gate_stride_ / kPerWord)),
         state_stride_(panels_ * kColumns),
         tiles_(ceil_div(problem.hidden_size, kTile)),
-        tile_floats_(kTile * chunk_rows_),
-        slot_floats_(kBlocks * (ceil_div(tiles_, deal_.slots) + 1) * tile_floats_ +
+        tile_words_(kTile * chunk_words_),
+        slot_floats_(kBlocks * (ceil_div(tiles_, deal_.slots) + 1) * tile_words_ +
                      product_floats() + ceil_div(x_panels_, deal_.slots) * kColumns * chunk_rows_),
         gradients_(2 * chunk_rows_ * gradient_stride_),
         zoneout_(problem),
         h_carry_(kGru || zoneout_.used() ? problem.batch * state_stride_ : 0),
         c_carry_(kLstm ? problem.batch * state_stride_ : 0),
         sums_(2 * kBlocks * problem.hidden_size),
-        right_((panels_ + x_panels_ + (kResetBefore ? panels_ : 0)) * kColumns * chunk_rows_),
-        scratch_(deal_.slots * slot_floats_) {}
+        right_((panels_ + x_panels_ + (kResetBefore ? panels_ : 0)) * kColumns * chunk_words_),
+        scratch_(deal_.slots * slot_floats_) {
+    // Rows of dG end their gates in whole words; what fills those up is multiplied by zeros, so it may not be NaN.
+    if (gate_stride_ != problem.hidden_size)
+      __builtin_memset(gradients_.data(), 0, 2 * chunk_rows_ * gradient_stride_ * sizeof(Word));
+  }
 
   void run() {
     on_team(deal_.slots, [this](int64_t begin, int64_t end) { Slot(*this, begin, end).run(); });
@@ -118,6 +144,10 @@ class Backward {
     return larger(rows, 1);
   }
 
+  Word* gradients() const { return reinterpret_cast<Word*>(gradients_.data()); }
+  Word* right_panel(int64_t panel, int64_t rows) const {
+    return reinterpret_cast<Word*>(right_.data()) + panel * words(rows) * kColumns;
+  }
   double* sums() const { return reinterpret_cast<double*>(sums_.data()); }
   int64_t product_floats() const { return larger(problem_.batch, kFewRows * kGroup) * kColumns; }
 
@@ -125,20 +155,35 @@ class Backward {
     const Backward& f;
     const Problem& problem;
     const BackwardArgs& args;
+    const Element *const x, *const y, *const dy;
+    Element* const dx;
+    const Word *const weight_ih, *const weight_hh;
     int64_t begin, end;      // the slots that this thread stands for
     int64_t p0, p1, r0, r1;  // its panels of hidden units and rows
-    float *columns, *product, *dx;
+    float *product, *dx_sums;
+    Word* columns;
 
     Slot(const Backward& backward, int64_t begin_in, int64_t end_in)
-        : f(backward), problem(backward.problem_), args(backward.args_), begin(begin_in), end(end_in) {
+        : f(backward),
+          problem(backward.problem_),
+          args(backward.args_),
+          x(static_cast<const Element*>(args.x)),
+          y(static_cast<const Element*>(args.y)),
+          dy(static_cast<const Element*>(args.dy)),
+          dx(static_cast<Element*>(args.dx)),
+          weight_ih(static_cast<const Word*>(args.weight_ih)),
+          weight_hh(static_cast<const Word*>(args.weight_hh)),
+          begin(begin_in),
+          end(end_in) {
       const bool by_rows = f.deal_.by_rows;
       p0 = by_rows ? 0 : share(f.panels_, begin);
       p1 = by_rows ? f.panels_ : share(f.panels_, end);
       r0 = by_rows ? share(problem.batch, begin) : 0;
       r1 = by_rows ? share(problem.batch, end) : problem.batch;
       product = f.scratch_.data() + begin * f.slot_floats_;
-      dx = product + f.product_floats();
-      columns = dx + (share(f.x_panels_, end) - share(f.x_panels_, begin)) * kColumns * f.chunk_rows_;
+      dx_sums = product + f.product_floats();
+      columns = reinterpret_cast<Word*>(
+          dx_sums + (share(f.x_panels_, end) - share(f.x_panels_, begin)) * kColumns * f.chunk_rows_);
     }
 
     int64_t share(int64_t count, int64_t slot) const { return count * slot / f.deal_.slots; }
@@ -158,16 +203,16 @@ class Backward {
     void run() {
       pass_through();
       zero_sums();
-      const float* next = nullptr;  // dG of step s + 1
+      const Word* next = nullptr;  // dG of step s + 1
       int64_t buffer = 0;
       bool first = true;
       for (int64_t s = problem.steps - 1; s >= 0;) {
         const int64_t low = chunk_begin(s);
         const int64_t base = smaller(problem.row_base[time(low)], problem.row_base[time(s)]);
-        float* chunk = f.gradients_.data() + buffer * f.chunk_rows_ * f.gradient_stride_;
+        Word* chunk = f.gradients() + buffer * f.chunk_rows_ * f.gradient_stride_;
         int64_t rows = 0;
         for (int64_t step = s; step >= low; --step) {
-          float* current = chunk + (problem.row_base[time(step)] - base) * f.gradient_stride_;
+          Word* current = chunk + (problem.row_base[time(step)] - base) * f.gradient_stride_;
           recur(step, next, current);
           if constexpr (kResetBefore) {
             if (!f.deal_.by_rows) wait();
@@ -207,7 +252,7 @@ class Backward {
     }
 
     // dG of step s from that of step s + 1; rows that began at step s + 1 get their dh0 and dc0 instead.
-    void recur(int64_t s, const float* next, float* current) const {
+    void recur(int64_t s, const Word* next, Word* current) const {
       const int64_t from = r0, coming = smaller(r1, active_at(s + 1));
       const int64_t last = larger(coming, smaller(r1, active_at(s)));
       if (from >= last) return;
@@ -215,7 +260,7 @@ class Backward {
       if (!needed) return;
       const int64_t rows = larger(0, coming - from), group = last - from <= kFewRows ? kGroup : 1;
       if (rows <= kFewRows)
-        prefetch_rows(next + from * f.gradient_stride_, f.gradient_stride_, rows, kGates * problem.hidden_size);
+        prefetch_rows(next + from * f.gradient_stride_, f.gradient_stride_, rows, kGates * gate_words());
       for (int64_t p = p0; p < p1; p += group) {
         const int64_t count = smaller(group, p1 - p);
         for (int64_t q = 0; q < count;)
@@ -225,46 +270,50 @@ class Backward {
       }
     }
 
+    int64_t gate_words() const { return f.gate_stride_ / kPerWord; }
+    const Word* panel_at(int64_t p) const { return weight_hh + p * kGates * gate_words() * kColumns; }
+    static Element* elements(Word* row) { return reinterpret_cast<Element*>(row); }
+
     // out[panel][row][kColumns] = dG_{s+1} W_hh for panel p, or two panels below `limit`; returns how many.
-    int64_t multiply(int64_t p, int64_t limit, int64_t from, int64_t to, const float* next, float* out) const {
-      const int64_t rows = to - from, hidden = problem.hidden_size, panel_stride = kGates * hidden * kColumns;
-      const int64_t k_size = (kResetBefore ? 2 : kGates) * hidden;  // W_hn does not meet h there
+    int64_t multiply(int64_t p, int64_t limit, int64_t from, int64_t to, const Word* next, float* out) const {
+      const int64_t rows = to - from;
+      const int64_t k_size = (kResetBefore ? 2 : kGates) * gate_words();  // W_hn does not meet h there
       if (rows <= 0) return 1;
-      const float *a = next + from * f.gradient_stride_, *b = args.weight_hh + p * panel_stride;
+      const Word *a = next + from * f.gradient_stride_, *b = panel_at(p);
       if (panels_at_once<2>(rows) == 2 && p + 2 <= limit) {
-        two_panels<2>(rows, k_size, kDepth, a, f.gradient_stride_, b, panel_stride, out);
+        two_panels<2>(rows, k_size, kBackwardDepth, a, f.gradient_stride_, b, panel_at(1) - panel_at(0), out);
         return 2;
       }
       multiply_rows_by_panel(rows, k_size, a, b, out);
       return 1;
     }
 
-    void multiply_rows_by_panel(int64_t rows, int64_t k_size, const float* a, const float* b, float* out) const {
+    void multiply_rows_by_panel(int64_t rows, int64_t k_size, const Word* a, const Word* b, float* out) const {
       const RowTiles tiles(rows, kTile);
-      for (int64_t k = 0; k < k_size; k += kDepth)
+      for (int64_t k = 0; k < k_size; k += kBackwardDepth)
         for (int64_t i = 0; i < tiles.count; ++i) {
           float* c = out + tiles.begin(i) * kColumns;
-          tile_rows<2, false>(tiles.begin(i + 1) - tiles.begin(i), smaller(kDepth, k_size - k),
+          tile_rows<2, false>(tiles.begin(i + 1) - tiles.begin(i), smaller(kBackwardDepth, k_size - k),
                               a + tiles.begin(i) * f.gradient_stride_ + k, f.gradient_stride_, b + k * kColumns,
                               kColumns, resume(k > 0, c, kColumns), c, kColumns);
         }
     }
 
     // The second half of a step with the reset before the product: from dn to d(r * h) = dn W_hn, to dr and h_{t-1}.
-    void recur_reset(int64_t s, float* current) const {
+    void recur_reset(int64_t s, Word* current) const {
       const int64_t hidden = problem.hidden_size, t = time(s), last = smaller(r1, active_at(s));
       for (int64_t p = p0; p < p1 && r0 < last; ++p) {
-        multiply_rows_by_panel(last - r0, hidden, current + r0 * f.gradient_stride_ + 2 * hidden,
-                               args.weight_hh + (p * kGates + 2) * hidden * kColumns, product);
+        multiply_rows_by_panel(last - r0, gate_words(), current + r0 * f.gradient_stride_ + 2 * gate_words(),
+                               panel_at(p) + 2 * gate_words() * kColumns, product);
         for (int64_t i = r0; i < last; ++i)
           for (int vector = 0; vector < 2; ++vector) {
             const int64_t unit = p * kColumns + vector * kLanes, count = hidden - unit;
             if (count <= 0) break;
             const float* mask = problem.recurrent_mask ? problem.recurrent_mask + entry(i) * hidden + unit : nullptr;
             const Vec r = load(saved_at(t, i, unit));
-            Vec drh = load(product + (i - r0) * kColumns + vector * kLanes), h = state_before(args.y, args.h0, s, i, unit);
+            Vec drh = load(product + (i - r0) * kColumns + vector * kLanes), h = state_before(y, args.h0, s, i, unit);
             if (mask) h = h * load(mask, count);
-            store(current + i * f.gradient_stride_ + unit, gru_reset_gradient(r, h, drh), count);
+            store(elements(current + i * f.gradient_stride_) + unit, gru_reset_gradient(r, h, drh), count);
             drh = drh * r;
             if (mask) drh = drh * load(mask, count);
             if (!is_reset(s, i)) store(h_carry_at(i) + unit, load(h_carry_at(i) + unit) + drh);
@@ -277,7 +326,8 @@ class Backward {
     }
 
     // The state that row i had before step s: of a sequence of states `all` (laid out as y) that began with `initial`.
-    Vec state_before(const float* all, const float* initial, int64_t s, int64_t i, int64_t unit) const {
+    template <class T>
+    Vec state_before(const T* all, const float* initial, int64_t s, int64_t i, int64_t unit) const {
       const int64_t b = entry(i), count = problem.hidden_size - unit;
       if (is_reset(s, i)) return Vec{};
       if (i < active_at(s - 1))
@@ -287,8 +337,8 @@ class Backward {
 
     // The pointwise part for rows [from, last) of step s; rows below `coming` took part in step s + 1.
     void finish(int64_t s, int64_t p, int64_t from, int64_t coming, int64_t last, const float* recurrent,
-                float* current) const {
-      const int64_t hidden = problem.hidden_size, t = s >= 0 ? time(s) : 0, now = active_at(s);
+                Word* current) const {
+      const int64_t hidden = problem.hidden_size, gate = f.gate_stride_, t = s >= 0 ? time(s) : 0, now = active_at(s);
       const bool zoneout = f.zoneout_.used();
       for (int64_t i = from; i < last; ++i, recurrent += kColumns) {
         const int64_t b = entry(i);
@@ -312,12 +362,12 @@ class Backward {
             if (kLstm && args.dc0) store(args.dc0 + state_at, dc, count);
             continue;
           }
-          if (args.dy) dh += load(args.dy + args.dy_rows.offset[t] + b * args.dy_rows.stride + unit, count);
+          if (dy) dh += load(dy + args.dy_rows.offset[t] + b * args.dy_rows.stride + unit, count);
 
           const int64_t y_at = args.y_rows.offset[t] + b * args.y_rows.stride + unit;
           const bool reset = is_reset(s, i);
           const float* saved = saved_at(t, i, unit);
-          float* out = current + i * f.gradient_stride_ + unit;
+          Element* out = elements(current + i * f.gradient_stride_) + unit;
           Vec dh_old = {};  // what goes to h_{t-1} past the product with W_hh
           if (zoneout) f.zoneout_.row(0, t, b).split(unit, dh, dh, dh_old);
           if constexpr (kLstm) {
@@ -330,28 +380,28 @@ class Backward {
             lstm_backward(gates, state_before(args.c_all, args.c0, s, i, unit), dh, dc);
             dc += dc_old;
             store(out, gates.i, count);
-            store(out + hidden, gates.f, count);
-            store(out + 2 * hidden, gates.g, count);
-            store(out + 3 * hidden, gates.o, count);
+            store(out + gate, gates.f, count);
+            store(out + 2 * gate, gates.g, count);
+            store(out + 3 * gate, gates.o, count);
             store(c_carry_at(i) + unit, reset ? Vec{} : dc);
           } else if constexpr (kResetBefore) {
             Vec z = load(saved + kLanes), n = load(saved + 2 * kLanes);
-            gru_reset_before_backward(z, n, state_before(args.y, args.h0, s, i, unit), dh);
+            gru_reset_before_backward(z, n, state_before(y, args.h0, s, i, unit), dh);
             dh_old += dh;
-            store(out + hidden, z, count);
-            store(out + 2 * hidden, n, count);
+            store(out + gate, z, count);
+            store(out + 2 * gate, n, count);
           } else if constexpr (kGru) {
             GruGates<Vec> gates{load(saved), load(saved + kLanes), load(saved + 2 * kLanes),
                                 load(saved + 3 * kLanes)};
-            gru_backward(gates, state_before(args.y, args.h0, s, i, unit), dh);
+            gru_backward(gates, state_before(y, args.h0, s, i, unit), dh);
             dh_old += dh;
             store(out, gates.h_n, count);
-            store(out + hidden, gates.r, count);
-            store(out + 2 * hidden, gates.z, count);
-            store(out + 3 * hidden, gates.n, count);
+            store(out + gate, gates.r, count);
+            store(out + 2 * gate, gates.z, count);
+            store(out + 3 * gate, gates.n, count);
           } else {
             // Under zoneout's expectation y is not the cell's own output, so that one is saved.
-            const Vec h = args.saved ? load(saved_output(problem, args.saved, t, i) + unit) : load(args.y + y_at, count);
+            const Vec h = args.saved ? load(saved_output(problem, args.saved, t, i) + unit) : load(y + y_at, count);
             store(out, rnn_backward<cell>(h, dh), count);
           }
           if (kGru || zoneout) store(h_carry_at(i) + unit, reset ? Vec{} : dh_old);
@@ -369,6 +419,7 @@ class Backward {
     // This thread's share of the right-hand side of dW: [h_{t-1} | x], in panels [rows][kColumns]; with the reset before the
     // product [h_{t-1} | x | r * h_{t-1}].
     void gather_right(int64_t low, int64_t high, int64_t base, int64_t rows) const {
+      if (rows % kPerWord) zero_row(rows);
       if (args.dweight_hh) {
         for_rows(low, high, base, [&](int64_t row, int64_t s, int64_t i, int64_t t) {
           const float* mask =
@@ -376,27 +427,39 @@ class Backward {
           for (int64_t p = share(f.panels_, begin); p < share(f.panels_, end); ++p)
             for (int vector = 0; vector < 2; ++vector) {
               const int64_t unit = p * kColumns + vector * kLanes, count = problem.hidden_size - unit;
-              Vec h = count > 0 ? state_before(args.y, args.h0, s, i, unit) : Vec{};
+              Vec h = count > 0 ? state_before(y, args.h0, s, i, unit) : Vec{};
               if (mask && count > 0) h = h * load(mask + unit, count);
-              store(f.right_.data() + (p * rows + row) * kColumns + vector * kLanes, h);
+              put_row(f.right_panel(p, rows), row, vector * kLanes, h);
               if constexpr (kResetBefore) {
                 if (count > 0) h = h * load(saved_at(t, i, unit));
-                store(f.right_.data() + ((f.panels_ + f.x_panels_ + p) * rows + row) * kColumns + vector * kLanes, h);
+                put_row(f.right_panel(f.panels_ + f.x_panels_ + p, rows), row, vector * kLanes, h);
               }
             }
         });
       }
       if (args.dweight_ih) {
         for_rows(low, high, base, [&](int64_t row, int64_t, int64_t i, int64_t t) {
-          const float* from = args.x + args.x_rows.offset[t] + entry(i) * args.x_rows.stride;
+          const Element* from = x + args.x_rows.offset[t] + entry(i) * args.x_rows.stride;
           for (int64_t p = share(f.x_panels_, begin); p < share(f.x_panels_, end); ++p)
             for (int vector = 0; vector < 2; ++vector) {
               const int64_t column = p * kColumns + vector * kLanes;
-              store(f.right_.data() + ((f.panels_ + p) * rows + row) * kColumns + vector * kLanes,
-                    load(from + column, problem.input_size - column));
+              put_row(f.right_panel(f.panels_ + p, rows), row, vector * kLanes,
+                      load(from + column, problem.input_size - column));
             }
         });
       }
+    }
+
+    // The row that fills up the last words of this thread's panels.
+    void zero_row(int64_t row) const {
+      auto zero = [&](int64_t panel) {
+        for (int vector = 0; vector < 2; ++vector) put_row(f.right_panel(panel, row), row, vector * kLanes, Vec{});
+      };
+      for (int64_t p = share(f.panels_, begin); p < share(f.panels_, end); ++p) {
+        zero(p);
+        if (kResetBefore) zero(f.panels_ + f.x_panels_ + p);
+      }
+      for (int64_t p = share(f.x_panels_, begin); p < share(f.x_panels_, end); ++p) zero(f.panels_ + p);
     }
 
     // function(block, tile within this thread's share, first column, columns) for its tiles of each block of dG.
@@ -410,10 +473,10 @@ class Backward {
     }
 
     // This thread's columns of dG, packed for dG^T B, and their sums for the biases.
-    void gather_columns(const float* chunk, int64_t rows) const {
+    void gather_columns(Word* chunk, int64_t rows) const {
       for_tiles([&](int block, int64_t tile, int64_t column, int64_t count) {
-        const int64_t at = block * problem.hidden_size + column;
-        pack_columns(count, chunk + at, f.gradient_stride_, rows, columns + tile * f.tile_floats_, f.sums() + at);
+        pack_columns(count, elements(chunk) + block * f.gate_stride_ + column, f.gradient_stride_ * kPerWord, rows,
+                     columns + tile * f.tile_words_, f.sums() + block * problem.hidden_size + column);
       });
     }
 
@@ -436,11 +499,11 @@ class Backward {
     }
 
     void weight_gradients(int64_t rows, bool first) const {
-      const int64_t panel_stride = rows * kColumns, inputs = f.panels_ + f.x_panels_;
+      const int64_t panel_stride = words(rows) * kColumns, inputs = f.panels_ + f.x_panels_;
       const int64_t all = inputs + (kResetBefore ? f.panels_ : 0);
-      const int64_t most = outer_depth(problem.hidden_size);
-      for (int64_t k = 0; k < rows; k += most) {
-        const int64_t depth = smaller(most, rows - k);
+      const int64_t most = outer_depth(problem.hidden_size) / kPerWord;
+      for (int64_t k = 0; k < words(rows); k += most) {
+        const int64_t depth = smaller(most, words(rows) - k);
         for (int64_t panel = 0; panel < all;) {
           const bool hidden = panel < f.panels_ || panel >= inputs, reset_h = panel >= inputs;
           const int64_t stop = panel < f.panels_ ? f.panels_ : reset_h ? all : inputs;
@@ -453,8 +516,8 @@ class Backward {
               const GradientBlock to = gradient_block<cell>(block);
               const int gate = hidden ? to.hidden_gate : to.input_gate;
               if (gate < 0 || (kResetBefore && hidden && reset_h != (gate == 2))) return;
-              add_outer(count, depth, columns + tile * f.tile_floats_ + k * count,
-                        f.right_.data() + panel * panel_stride + k * kColumns, panel_stride, taken, !first || k > 0,
+              add_outer(count, depth, columns + tile * f.tile_words_ + k * count,
+                        f.right_panel(panel, rows) + k * kColumns, panel_stride, taken, !first || k > 0,
                         dweight + (gate * problem.hidden_size + row) * size + column, size, size - column);
             });
           }
@@ -463,37 +526,41 @@ class Backward {
       }
     }
 
-    void input_gradient(int64_t low, int64_t high, int64_t base, const float* chunk, int64_t rows) const {
-      if (!args.dx) return;
-      const float* a = chunk + (cell == Cell::gru ? problem.hidden_size : 0);  // the blocks r z n
-      const int64_t k_size = kGates * problem.hidden_size;
-      if (!args.weight_ih) {
-        const int64_t from = share(k_size, begin), size = share(k_size, end) - from;
-        for_rows(low, high, base, [&](int64_t row, int64_t, int64_t i, int64_t t) {
-          __builtin_memcpy(args.dx + args.dx_rows.offset[t] + entry(i) * args.dx_rows.stride + from,
-                           a + row * f.gradient_stride_ + from, size * sizeof(float));
-        });
-        zero_inactive(low, high, from, size);
+    void input_gradient(int64_t low, int64_t high, int64_t base, Word* chunk, int64_t rows) const {
+      if (!dx) return;
+      Word* a = chunk + (cell == Cell::gru ? gate_words() : 0);  // the blocks r z n
+      if (!weight_ih) {
+        const int64_t from = share(problem.hidden_size, begin), size = share(problem.hidden_size, end) - from;
+        for (int gate = 0; gate < kGates; ++gate) {
+          const int64_t column = gate * problem.hidden_size + from;
+          for_rows(low, high, base, [&](int64_t row, int64_t, int64_t i, int64_t t) {
+            __builtin_memcpy(dx + args.dx_rows.offset[t] + entry(i) * args.dx_rows.stride + column,
+                             elements(a + row * f.gradient_stride_) + gate * f.gate_stride_ + from,
+                             size * sizeof(Element));
+          });
+          zero_inactive(low, high, column, size);
+        }
         return;
       }
-      const int64_t first = share(f.x_panels_, begin), last = share(f.x_panels_, end);
+      const int64_t first = share(f.x_panels_, begin), last = share(f.x_panels_, end), k_size = kGates * gate_words();
       const RowTiles tiles(rows, kTile);
-      for (int64_t k = 0; k < k_size; k += kInputDepth)
+      // Panels inside: rows * depth of dG stay in L2.
+      for (int64_t k = 0; k < k_size; k += kBackwardDepth)
         for (int64_t p = first; p < last; ++p)
           for (int64_t i = 0; i < tiles.count; ++i) {
-            float* c = dx + ((p - first) * rows + tiles.begin(i)) * kColumns;
-            tile_rows<2, false>(tiles.begin(i + 1) - tiles.begin(i), smaller(kInputDepth, k_size - k),
+            float* c = dx_sums + ((p - first) * rows + tiles.begin(i)) * kColumns;
+            tile_rows<2, false>(tiles.begin(i + 1) - tiles.begin(i), smaller(kBackwardDepth, k_size - k),
                                 a + tiles.begin(i) * f.gradient_stride_ + k, f.gradient_stride_,
-                                args.weight_ih + (p * k_size + k) * kColumns, kColumns, resume(k > 0, c, kColumns), c,
+                                weight_ih + (p * k_size + k) * kColumns, kColumns, resume(k > 0, c, kColumns), c,
                                 kColumns);
           }
       const int64_t from = first * kColumns, size = smaller(problem.input_size, last * kColumns) - from;
       for_rows(low, high, base, [&](int64_t row, int64_t, int64_t i, int64_t t) {
-        float* out = args.dx + args.dx_rows.offset[t] + entry(i) * args.dx_rows.stride;
+        Element* out = dx + args.dx_rows.offset[t] + entry(i) * args.dx_rows.stride;
         for (int64_t p = first; p < last; ++p)
           for (int vector = 0; vector < 2; ++vector)
             store(out + p * kColumns + vector * kLanes,
-                  load(dx + ((p - first) * rows + row) * kColumns + vector * kLanes),
+                  load(dx_sums + ((p - first) * rows + row) * kColumns + vector * kLanes),
                   problem.input_size - p * kColumns - vector * kLanes);
       });
       zero_inactive(low, high, from, size);
@@ -503,8 +570,8 @@ class Backward {
       if (!problem.order || size <= 0) return;
       for (int64_t s = low; s <= high; ++s)
         for (int64_t i = active_at(s); i < problem.batch; ++i)
-          __builtin_memset(args.dx + args.dx_rows.offset[time(s)] + entry(i) * args.dx_rows.stride + from, 0,
-                           size * sizeof(float));
+          __builtin_memset(dx + args.dx_rows.offset[time(s)] + entry(i) * args.dx_rows.stride + from, 0,
+                           size * sizeof(Element));
     }
   };
 
@@ -513,7 +580,8 @@ class Backward {
   const int64_t panels_, vectors_, x_panels_;
   const Deal deal_;
   mutable Barrier barrier_;
-  const int64_t chunk_rows_, gradient_stride_, state_stride_, tiles_, tile_floats_, slot_floats_;
+  const int64_t chunk_rows_, chunk_words_, gate_stride_, gradient_stride_, state_stride_, tiles_, tile_words_,
+      slot_floats_;
   const Zoneout zoneout_;
   const Scratch gradients_, h_carry_, c_carry_, sums_, right_, scratch_;
 };

@@ -41,6 +41,13 @@ std::vector<std::string> available_isas() {
 
 const Kernels& kernels() { return *current(); }
 
+const Kernels* kernels_bf16() {
+#ifdef FASTRNN_X86
+  if (&kernels() == &kernels_avx512() && __builtin_cpu_supports("avx512bf16")) return &kernels_avx512bf16();
+#endif
+  return nullptr;
+}
+
 void use_isa(const std::string& name) {
   for (const Kernels* kernels : available())
     if (name == kernels->isa) {

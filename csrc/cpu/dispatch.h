@@ -14,6 +14,9 @@ std::vector<std::string> available_isas();
 // The kernels in use.
 const Kernels& kernels();
 
+// Those for data in bfloat16, or null where the instruction set in use has no product of them.
+const Kernels* kernels_bf16();
+
 // Throws std::invalid_argument for a name that is not available.
 void use_isa(const std::string& name);
 

@@ -1,7 +1,11 @@
 // The table of one instruction set. Its file defines FASTRNN_LANES and calls FASTRNN_DEFINE_KERNELS.
 #pragma once
 
+#ifdef FASTRNN_BF16
+#include "cpu/backward.h"
+#else
 #include "cpu/step.h"
+#endif
 
 namespace fastrnn {
 namespace {
@@ -26,24 +30,38 @@ auto with_cell(Cell cell, Function function) {
 int64_t packed_forward_size(Cell cell, int64_t hidden_size, int64_t columns) {
   return with_cell(cell, [&](auto tag) {
     using P = Panel<tag.cell>;
-    return P::count(hidden_size) * P::kWidth * columns;
+    return P::count(hidden_size) * P::kWidth * words(columns);
   });
 }
 
-void pack_forward(Cell cell, int64_t hidden_size, int64_t columns, bool hidden, const float* weight, float* packed,
+void pack_forward(Cell cell, int64_t hidden_size, int64_t columns, bool hidden, const void* weight, bool floats, void* packed,
                   int threads) {
-  with_cell(cell,
-            [&](auto tag) { pack_forward_panels<tag.cell>(hidden_size, columns, hidden, weight, packed, threads); });
+  with_cell(cell, [&](auto tag) {
+    if (floats) {
+      pack_forward_panels<tag.cell>(hidden_size, columns, hidden, static_cast<const float*>(weight),
+                              static_cast<Word*>(packed), threads);
+    } else {
+      pack_forward_panels<tag.cell>(hidden_size, columns, hidden, static_cast<const Element*>(weight),
+                              static_cast<Word*>(packed), threads);
+    }
+  });
 }
 
 int64_t packed_backward_size(Cell cell, int64_t hidden_size, int64_t columns) {
-  return gate_count(cell) * hidden_size * ceil_div(columns, kColumns) * kColumns;
+  return gate_count(cell) * words(hidden_size) * ceil_div(columns, kColumns) * kColumns;
 }
 
-void pack_backward(Cell cell, int64_t hidden_size, int64_t columns, bool hidden, const float* weight, float* packed,
+void pack_backward(Cell cell, int64_t hidden_size, int64_t columns, bool hidden, const void* weight, bool floats, void* packed,
                    int threads) {
-  with_cell(cell,
-            [&](auto tag) { pack_backward_panels<tag.cell>(hidden_size, columns, hidden, weight, packed, threads); });
+  with_cell(cell, [&](auto tag) {
+    if (floats) {
+      pack_backward_panels<tag.cell>(hidden_size, columns, hidden, static_cast<const float*>(weight),
+                              static_cast<Word*>(packed), threads);
+    } else {
+      pack_backward_panels<tag.cell>(hidden_size, columns, hidden, static_cast<const Element*>(weight),
+                              static_cast<Word*>(packed), threads);
+    }
+  });
 }
 
 int64_t saved_size(Cell cell, int64_t rows, int64_t hidden_size, bool zoneout_expected) {
@@ -59,6 +77,9 @@ void backward(const Problem& problem, const BackwardArgs& args, int threads) {
   with_cell(problem.cell, [&](auto tag) { Backward<tag.cell>(problem, args, threads).run(); });
 }
 
+#ifdef FASTRNN_BF16
+constexpr auto step = nullptr, step_backward_any = nullptr;
+#else
 void step(const Problem& problem, const StepArgs& args, int threads) {
   with_cell(problem.cell, [&](auto tag) { step_forward<tag.cell>(problem, args, threads); });
 }
@@ -66,6 +87,7 @@ void step(const Problem& problem, const StepArgs& args, int threads) {
 void step_backward_any(const Problem& problem, const StepBackwardArgs& args, int threads) {
   with_cell(problem.cell, [&](auto tag) { step_backward<tag.cell>(problem, args, threads); });
 }
+#endif
 
 // Sums over a team's slots of work(begin, end) -> amount, repeated for that long; per second.
 template <class Work>
@@ -93,14 +115,14 @@ double fma_ceiling(int threads, double seconds) {
     constexpr int kChains = 12, kRepeats = 100000;
     Vec acc[kChains];
     for (int i = 0; i < kChains; ++i) acc[i] = splat(1e-3f * i);
-    Vec factor = splat(0.999f), addend = splat(1e-3f);
-    asm volatile("" : "+m"(factor), "+m"(addend));  // not known to the compiler
+    Words a = splat(Word{}), b = splat(Word{});
+    asm volatile("" : "+m"(a), "+m"(b));  // not known to the compiler
     for (int repeat = 0; repeat < kRepeats; ++repeat) {
 #pragma GCC unroll 12
-      for (int i = 0; i < kChains; ++i) acc[i] = acc[i] * factor + addend;
+      for (int i = 0; i < kChains; ++i) acc[i] = multiply_add(a, b, acc[i]);
     }
     for (int i = 0; i < kChains; ++i) asm volatile("" : : "m"(acc[i]));
-    return 2.0 * kLanes * kChains * kRepeats;
+    return 2.0 * kPerWord * kLanes * kChains * kRepeats;
   });
 }
 

@@ -30,16 +30,17 @@ struct Problem {
   const float* recurrent_mask;  // [B, H] or null
 };
 
+// void: elements of the kernels' data type, float or bfloat16.
 struct ForwardArgs {
-  const float* x;  // [T, B, I], or pre-activations [T, B, G*H] where weight_ih is null
+  const void* x;  // [T, B, I], or pre-activations [T, B, G*H] where weight_ih is null
   Rows x_rows;
-  const float* weight_ih;  // packed by pack_forward
-  const float* weight_hh;  // packed by pack_forward
+  const void* weight_ih;  // packed by pack_forward
+  const void* weight_hh;  // packed by pack_forward
   const float* bias_ih;    // [G*H] or null
   const float* bias_hh;    // [G*H] or null
   const float* h0;         // [B, H] or null
   const float* c0;         // [B, H] or null
-  float* y;                // [T, B, H]
+  void* y;                 // [T, B, H]
   Rows y_rows;
   float* h_n;    // [B, H]
   float* c_n;    // [B, H], LSTM
@@ -48,23 +49,23 @@ struct ForwardArgs {
 };
 
 struct BackwardArgs {
-  const float* dy;  // [T, B, H] or null
+  const void* dy;  // [T, B, H] or null
   Rows dy_rows;
   const float* dh_n;  // [B, H] or null
   const float* dc_n;  // [B, H] or null
   const float* dc_all;  // [T, B, H] or null
   Rows dc_all_rows;
-  const float* x;
+  const void* x;
   Rows x_rows;
-  const float* weight_ih;  // packed by pack_backward; null: dx is the gradient of the pre-activations
-  const float* weight_hh;  // packed by pack_backward
+  const void* weight_ih;  // packed by pack_backward; null: dx is the gradient of the pre-activations
+  const void* weight_hh;  // packed by pack_backward
   const float* h0;
   const float* c0;
-  const float* y;
+  const void* y;
   Rows y_rows;
   const float* saved;
   const float* c_all;  // by y_rows
-  float* dx;           // or null
+  void* dx;            // or null
   Rows dx_rows;
   float* dweight_ih;  // [G*H, I] or null
   float* dweight_hh;  // [G*H, H] or null
@@ -115,24 +116,27 @@ struct Kernels {
   const char* isa;
   int lanes;
 
-  // Elements of a weight [G*H, columns] once packed for the forward product x W^T.
+  // Floats' worth of memory that a weight [G*H, columns] takes once packed for the forward product x W^T.
   int64_t (*packed_forward_size)(Cell, int64_t hidden_size, int64_t columns);
-  // `hidden` tells weight_hh, whose layout differs in some cells (place in pack.h, and the gradients' order of cells.h).
-  void (*pack_forward)(Cell, int64_t hidden_size, int64_t columns, bool hidden, const float* weight, float* packed,
+  // `hidden` tells weight_hh, whose layout differs in some cells (place in pack.h, and the gradients' order of cells.h);
+  // `floats` a weight that is float whatever the kernels' data type.
+  void (*pack_forward)(Cell, int64_t hidden_size, int64_t columns, bool hidden, const void* weight, bool floats, void* packed,
                        int threads);
   // The same for the backward product dG W.
   int64_t (*packed_backward_size)(Cell, int64_t hidden_size, int64_t columns);
-  void (*pack_backward)(Cell, int64_t hidden_size, int64_t columns, bool hidden, const float* weight, float* packed,
+  void (*pack_backward)(Cell, int64_t hidden_size, int64_t columns, bool hidden, const void* weight, bool floats, void* packed,
                         int threads);
+  // Of `size` 32-bit words.
   uint64_t (*checksum)(const float* data, int64_t size, int threads);
 
   int64_t (*saved_size)(Cell, int64_t rows, int64_t hidden_size, bool zoneout_expected);
   void (*forward)(const Problem&, const ForwardArgs&, int threads);
   void (*backward)(const Problem&, const BackwardArgs&, int threads);
+  // Null for bfloat16, whose single steps take the way of the sequences.
   void (*step)(const Problem&, const StepArgs&, int threads);
   void (*step_backward)(const Problem&, const StepBackwardArgs&, int threads);
 
-  // fp32 multiply-adds from registers alone, in FLOP/s summed over the threads.
+  // Multiply-adds of the data type from registers alone, in FLOP/s summed over the threads.
   double (*fma_ceiling)(int threads, double seconds);
   // Bytes per second that the threads together read of a buffer, each its own part over and over.
   double (*read_bandwidth)(const float* data, int64_t size, int threads, double seconds);
@@ -141,5 +145,6 @@ struct Kernels {
 const Kernels& kernels_portable();
 const Kernels& kernels_avx2();
 const Kernels& kernels_avx512();
+const Kernels& kernels_avx512bf16();  // data in bfloat16
 
 }  // namespace fastrnn::cpu

@@ -1,6 +1,9 @@
 // Vectors of FASTRNN_LANES floats (GCC vector extensions) and the activations on them. Included by one file per
 // instruction set, which defines FASTRNN_LANES; everything is in an anonymous namespace so that no function compiled
 // for one instruction set can be linked in for another.
+//
+// With FASTRNN_BF16 the data of a call (x, y, weights, their gradients' operands) are bfloat16, and states, sums and the
+// pointwise part are float all the same.
 #pragma once
 
 #if defined(__x86_64__)
@@ -62,6 +65,76 @@ inline __attribute__((always_inline)) Vec at_least(float limit, Vec x) {
   return x < limit ? splat(limit) : x;
 #endif
 }
+
+// Element: what a tensor of data holds. Word: what a matrix product multiplies at once, kPerWord elements that are neighbours
+// along the summed dimension.
+#ifdef FASTRNN_BF16
+typedef uint16_t Element;
+typedef int32_t Word;
+typedef VecInt Words;
+typedef Words WordsUnaligned __attribute__((aligned(4), may_alias));
+
+inline __attribute__((always_inline)) Vec load(const Element* p) {
+  return reinterpret_cast<Vec>(
+      _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
+}
+
+// To the nearest bfloat16, ties to even.
+inline __attribute__((always_inline)) __m256i rounded(Vec v) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v)); }
+
+inline __attribute__((always_inline)) void store(Element* p, Vec v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), rounded(v));
+}
+
+inline __attribute__((always_inline)) Vec load(const Element* p, int64_t count) {
+  if (__builtin_expect(count >= kLanes, 1)) return load(p);
+  Element elements[kLanes] = {};
+  for (int64_t i = 0; i < count; ++i) elements[i] = p[i];
+  return load(elements);
+}
+
+inline __attribute__((always_inline)) void store(Element* p, Vec v, int64_t count) {
+  if (__builtin_expect(count >= kLanes, 1)) return store(p, v);
+  Element elements[kLanes];
+  store(elements, v);
+  for (int64_t i = 0; i < count; ++i) p[i] = elements[i];
+}
+
+inline float to_float(Element value) {
+  const uint32_t bits = static_cast<uint32_t>(value) << 16;
+  float result;
+  __builtin_memcpy(&result, &bits, sizeof result);
+  return result;
+}
+
+inline Word pair(Element first, Element second) { return first | static_cast<uint32_t>(second) << 16; }
+
+inline __attribute__((always_inline)) Words pair(Vec first, Vec second) {
+  return reinterpret_cast<Words>(_mm512_or_si512(_mm512_cvtepu16_epi32(rounded(first)),
+                                                 _mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded(second)), 16)));
+}
+
+inline __attribute__((always_inline)) Words load(const Word* p) { return *reinterpret_cast<const WordsUnaligned*>(p); }
+inline __attribute__((always_inline)) void store(Word* p, Words v) { *reinterpret_cast<WordsUnaligned*>(p) = v; }
+inline __attribute__((always_inline)) Words splat(Word value) { return reinterpret_cast<Words>(_mm512_set1_epi32(value)); }
+
+inline __attribute__((always_inline)) Vec multiply_add(Words a, Words b, Vec sum) {
+  return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+}
+#else
+typedef float Element;
+typedef float Word;
+typedef Vec Words;
+
+inline float to_float(Element value) { return value; }
+
+inline __attribute__((always_inline)) Vec multiply_add(Words a, Words b, Vec sum) { return sum + a * b; }
+#endif
+
+constexpr int kPerWord = sizeof(Word) / sizeof(Element);
+
+// Words that hold `count` elements.
+constexpr int64_t words(int64_t count) { return (count + kPerWord - 1) / kPerWord; }
 
 struct Reduced {
   Vec scale;      // 2^n

@@ -133,7 +133,7 @@ inline void multiply_rows(int64_t rows, int64_t k_size, const float* a, int64_t 
   if (rows == 1)
     for (; n + 4 * kColumns <= end; n += 4 * kColumns)
       tile_call<1, 2, 4, false>(k_size, a, lda, weight + n, columns, kColumns, resume(accumulate, out + n, ldo), out + n,
-                                ldo, kColumns);
+                                ldo, kColumns, nothing_ahead(weight));
   const RowTiles tiles(rows, max_rows<2>());
   for (; n + kColumns <= end; n += kColumns)
     for (int64_t i = 0; i < tiles.count; ++i) {

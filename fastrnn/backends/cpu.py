@@ -15,6 +15,10 @@ from fastrnn.backends.call import RecurrenceCall
 
 CELL_INDEX = {"rnn_tanh": 0, "rnn_relu": 1, "lstm": 2, "gru": 3, "gru_reset_before": 4}
 
+# State and sums are float32 for all of them. Data in bfloat16 have kernels of their own where the CPU multiplies it;
+# elsewhere, and for float16, they are converted and computed in float32.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 # Options of a call that the kernels have.
 KERNEL_OPTIONS = frozenset(
     {"lengths", "resets", "zoneout", "recurrent_mask", "return_cell_states", "reset_after=False"}
@@ -28,11 +32,11 @@ def reasons_against(call: RecurrenceCall) -> list[str]:
     reasons = []
     if native.load() is None:
         reasons.append(f"the compiled extension is not available ({native.load_error()})")
-    # Outside autocast a checked call has one device and one dtype.
+    # A checked call has one device, and outside autocast one dtype.
     if not call.x.is_cpu:
         reasons.append(f"the tensors are on {call.x.device}, not on the CPU")
-    elif call.x.dtype is not torch.float32:
-        reasons.append(f"the tensors are {call.x.dtype}; the kernels compute in torch.float32")
+    elif any(tensor.dtype not in DTYPES for tensor in call.tensors().values()):
+        reasons.append(f"the tensors are {call.x.dtype}; the kernels are for {', '.join(map(str, DTYPES))}")
     # While a graph is traced, or another dispatch mode is on, fake tensors stand in for plain ones.
     any_type = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
     for name, tensor in call.tensors().items():
@@ -51,8 +55,6 @@ def reasons_against(call: RecurrenceCall) -> list[str]:
         reasons.append("hidden size 0")
     if call.x.shape[-1] == 0:
         reasons.append("input size 0")
-    if torch.is_autocast_enabled("cpu"):
-        reasons.append("autocast to lower precision is on; the kernels compute in torch.float32")
     return reasons
 
 
@@ -76,25 +78,43 @@ def _with_unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def new_like_rows(x: Tensor, columns: int) -> Tensor:
-    """An empty [T, B, columns], batch-major in memory where x is; [N, columns] when packed."""
+def new_like_rows(x: Tensor, columns: int, dtype: torch.dtype | None = None) -> Tensor:
+    """An empty [T, B, columns], batch-major in memory where x is; [N, columns] when packed. By default of x's dtype."""
     if x.dim() == 2:
-        return x.new_empty(x.shape[0], columns)
+        return x.new_empty(x.shape[0], columns, dtype=dtype)
     steps, batch, _ = x.shape
     if batch > 1 and steps > 1 and x.stride(0) < x.stride(1):
-        return x.new_empty(batch, steps, columns).transpose(0, 1)
-    return x.new_empty(steps, batch, columns)
+        return x.new_empty(batch, steps, columns, dtype=dtype).transpose(0, 1)
+    return x.new_empty(steps, batch, columns, dtype=dtype)
 
 
-def workspace(like: Tensor, shape: tuple[int, ...], stride: tuple[int, ...] | None = None) -> Tensor:
+def workspace(
+    like: Tensor, shape: tuple[int, ...], stride: tuple[int, ...] | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """An uninitialised tensor for internal use over pooled memory, where fresh pages would cost more than the work."""
     size = math.prod(shape)
     if size < 2**14:  # malloc has no fresh pages for these; the pool would take 2 µs longer, which one step feels.
-        return like.new_empty(shape) if stride is None else like.new_empty_strided(shape, stride)
-    flat = torch.frombuffer(native.load().Workspace(size), dtype=torch.float32)  # type: ignore[union-attr]
+        if stride is None:
+            return like.new_empty(shape, dtype=dtype)
+        return like.new_empty_strided(shape, stride, dtype=dtype)
+    floats = -(-size * dtype.itemsize // 4)
+    flat = torch.frombuffer(native.load().Workspace(floats), dtype=dtype, count=size)  # type: ignore[union-attr]
     if torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory:  # type: ignore[attr-defined]
         flat.fill_(math.nan)
     return flat.view(shape) if stride is None else flat.as_strided(shape, stride)
+
+
+def _has_kernels(dtype: torch.dtype) -> bool:
+    return dtype is torch.float32 or (dtype is torch.bfloat16 and native.load().has_bf16())  # type: ignore[union-attr]
+
+
+def _widened(arguments: tuple[Any, ...]) -> list[Any]:
+    return [a.float() if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments]
+
+
+def _state(tensor: Tensor | None) -> Tensor | None:
+    """A state, bias or mask as the kernels take it."""
+    return None if tensor is None else tensor.to(torch.float32).contiguous()
 
 
 def _batch(x: Tensor, batch_sizes: Tensor | None) -> int:
@@ -125,23 +145,28 @@ def _layout(
         zoneout,
         zoneout_seed,
         _address(recurrent_mask),
+        x.dtype is torch.bfloat16,
     )
 
 
-def _pack(weight: Tensor, cell: str, gates: int, hidden_weight: bool, backward: bool, reuse: bool) -> Any:
+def _pack(
+    weight: Tensor, dtype: torch.dtype, cell: str, gates: int, hidden_weight: bool, backward: bool, reuse: bool
+) -> Any:
+    """The weight in the panels of the kernels for this dtype."""
     per_weight = _packed.get(weight)
     if per_weight is None:
         per_weight = _packed[weight] = {}
-    key = (cell, tuple(weight.shape), hidden_weight)
+    key = (cell, tuple(weight.shape), hidden_weight, dtype)
     packed = per_weight.get(key)
     if packed is None:
         library = native.load()
         packed = library.PackedWeight(  # type: ignore[union-attr]
-            CELL_INDEX[cell], weight.shape[0] // gates, weight.shape[1], hidden_weight
+            CELL_INDEX[cell], weight.shape[0] // gates, weight.shape[1], hidden_weight, dtype is torch.bfloat16
         )
         per_weight[key] = packed
     contiguous = weight.contiguous()
-    packed.prepare(contiguous.data_ptr(), backward, reuse and contiguous is weight, torch.get_num_threads())
+    floats = weight.dtype is torch.float32
+    packed.prepare(contiguous.data_ptr(), floats, backward, reuse and contiguous is weight, torch.get_num_threads())
     return packed
 
 
@@ -155,7 +180,7 @@ def is_step(
 ) -> bool:
     """Whether the kernels for a single step, which read torch's weight layout, can compute the call."""
     plain = lengths is None and batch_sizes is None and recurrent_mask is None and zoneout == 0
-    plain = plain and cell != "gru_reset_before"
+    plain = plain and cell != "gru_reset_before" and x.dtype is torch.float32
     return plain and x.shape[0] == 1
 
 
@@ -215,8 +240,14 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """y, h_n, c_n, and what the backward pass needs with `save` (else empty): saved activations and every c_t.
 
-    Every c_t also comes with `cell_states`, then as a tensor that may be handed to the user.
+    Every c_t also comes with `cell_states`, then as a tensor that may be handed to the user. These two are float32
+    whatever the dtype of x, which may differ from that of the weights.
     """
+    if not _has_kernels(x.dtype):
+        tensors = (x, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, lengths, batch_sizes, resets, recurrent_mask)
+        arguments = [cell, *_widened(tensors), zoneout, zoneout_seed, reverse, save, cell_states]
+        y, h_n, c_n, saved, c_all = forward(*arguments)
+        return y.to(x.dtype), h_n.to(x.dtype), c_n.to(x.dtype), saved, c_all
     library: Any = native.load()
     hidden = weight_hh.shape[1]
     gates = weight_hh.shape[0] // hidden
@@ -226,20 +257,19 @@ def forward(
     rows = x.shape[0] * x.shape[1] if batch_sizes is None else x.shape[0]
     expected = zoneout > 0 and zoneout_seed is None
     y = new_like_rows(x, hidden)
-    h_n = x.new_empty(batch, hidden)
-    c_n = x.new_empty((batch, hidden) if lstm else 0)
+    h_n = x.new_empty(batch, hidden, dtype=torch.float32)
+    c_n = x.new_empty((batch, hidden) if lstm else 0, dtype=torch.float32)
     saved = workspace(x, (library.saved_size(CELL_INDEX[cell], rows, hidden, expected) if save else 0,))
     if lstm and cell_states:
-        c_all = new_like_rows(x, hidden)
+        c_all = new_like_rows(x, hidden, torch.float32)
     else:
-        c_all = workspace(x, y.shape, y.stride()) if lstm and save else x.new_empty(0)
+        c_all = workspace(x, y.shape, y.stride()) if lstm and save else x.new_empty(0, dtype=torch.float32)
     if batch == 0:
-        return y, h_n, c_n, saved, c_all
-    # Without gradients the weights usually stand still, so that a checksum is worth its time; training changes them.
-    reuse = not save
-    bias_ih, bias_hh, h0, c0, recurrent_mask = (
-        None if t is None else t.contiguous() for t in (bias_ih, bias_hh, h0, c0, recurrent_mask)
-    )
+        return y, h_n.to(x.dtype), c_n.to(x.dtype), saved, c_all
+    # Without gradients the weights usually stand still, so that a checksum is worth its time; training changes them, if
+    # not from step to step.
+    reuse = not save or x.shape[0] == 1
+    bias_ih, bias_hh, h0, c0, recurrent_mask = map(_state, (bias_ih, bias_hh, h0, c0, recurrent_mask))
     threads = torch.get_num_threads()
 
     if is_step(cell, x, lengths, batch_sizes, recurrent_mask, zoneout):
@@ -255,8 +285,8 @@ def forward(
         _layout(cell, x, hidden, *options),
         x.data_ptr(),
         _time_strides(x),
-        None if weight_ih is None else _pack(weight_ih, cell, gates, False, False, reuse),
-        _pack(weight_hh, cell, gates, True, False, reuse),
+        None if weight_ih is None else _pack(weight_ih, x.dtype, cell, gates, False, False, reuse),
+        _pack(weight_hh, x.dtype, cell, gates, True, False, reuse),
         *map(_address, (bias_ih, bias_hh, h0, c0, y)),
         _time_strides(y),
         h_n.data_ptr(),
@@ -265,7 +295,7 @@ def forward(
         _address(c_all) if c_all.numel() else 0,
         threads,
     )
-    return y, h_n, c_n, saved, c_all
+    return y, h_n.to(x.dtype), c_n.to(x.dtype), saved, c_all
 
 
 def backward(
@@ -291,20 +321,41 @@ def backward(
     c_all: Tensor,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
-    """Gradients of x, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0; empty where `needs` is False."""
+    """Gradients of x, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0; empty where `needs` is False.
+
+    Those of weights and biases have the dtype of weight_hh, the others that of x.
+    """
+    if not _has_kernels(x.dtype):
+        tensors = (
+            dy,
+            dh_n,
+            dc_n,
+            dc_all,
+            x,
+            weight_ih,
+            weight_hh,
+            h0,
+            c0,
+            lengths,
+            batch_sizes,
+            resets,
+            recurrent_mask,
+        )
+        arguments = [cell, *_widened(tensors), zoneout, zoneout_seed, reverse, y.float(), saved, c_all, needs]
+        return _narrowed(backward(*arguments), x.dtype, weight_hh.dtype)
     library: Any = native.load()
     hidden = weight_hh.shape[1]
     gates = weight_hh.shape[0] // hidden
     lstm = cell == "lstm"
     x = _with_unit_stride(x)
     batch = _batch(x, batch_sizes)
-    gradients = _new_gradients(x, weight_hh, batch, needs)
+    gradients = _new_gradients(x, weight_hh, batch, needs, torch.float32, torch.float32)
     if batch == 0:
-        return tuple(x.new_empty(0) if gradient is None else gradient.zero_() for gradient in gradients)
+        zeros = tuple(x.new_empty(0) if gradient is None else gradient.zero_() for gradient in gradients)
+        return _narrowed(zeros, x.dtype, weight_hh.dtype)
     dy, dc_all = (None if t is None else _with_unit_stride(t) for t in (dy, dc_all))
-    dh_n, dc_n, h0, c0, recurrent_mask = (
-        None if t is None else t.contiguous() for t in (dh_n, dc_n, h0, c0, recurrent_mask)
-    )
+    dc_all = None if dc_all is None else dc_all.float()
+    dh_n, dc_n, h0, c0, recurrent_mask = map(_state, (dh_n, dc_n, h0, c0, recurrent_mask))
     dx, dh0, dc0 = gradients[0], gradients[5], gradients[6]
     threads = torch.get_num_threads()
 
@@ -333,6 +384,7 @@ def backward(
                 gradient.masked_fill_(resets[0, :, None], 0)
     else:
         project = weight_ih is not None and dx is not None
+        reuse = x.shape[0] == 1
         options = (lengths, batch_sizes, resets, recurrent_mask, zoneout, zoneout_seed, reverse)
         library.backward(
             _layout(cell, x, hidden, *options),
@@ -344,8 +396,8 @@ def backward(
             (0, 0) if dc_all is None else _time_strides(dc_all),
             x.data_ptr(),
             _time_strides(x),
-            _pack(weight_ih, cell, gates, False, True, False) if project else None,  # type: ignore[arg-type]
-            _pack(weight_hh, cell, gates, True, True, False),
+            _pack(weight_ih, x.dtype, cell, gates, False, True, reuse) if project else None,  # type: ignore[arg-type]
+            _pack(weight_hh, x.dtype, cell, gates, True, True, reuse),
             _address(h0),
             _address(c0) if lstm else 0,
             y.data_ptr(),
@@ -357,7 +409,15 @@ def backward(
             *map(_address, gradients[1:]),
             threads,
         )
-    return tuple(x.new_empty(0) if gradient is None else gradient for gradient in gradients)
+    found = tuple(x.new_empty(0) if gradient is None else gradient for gradient in gradients)
+    return _narrowed(found, x.dtype, weight_hh.dtype)
+
+
+def _narrowed(gradients: tuple[Tensor, ...], data: torch.dtype, weight: torch.dtype) -> tuple[Tensor, ...]:
+    """Gradients of x, four weights and biases, h0 and c0 in the dtypes of x and of the weights."""
+    if data is torch.float32 and weight is torch.float32:
+        return gradients
+    return tuple(gradient.to(weight if 1 <= index <= 4 else data) for index, gradient in enumerate(gradients))
 
 
 def _of_one_step(sequence: Tensor | None, final: Tensor | None) -> Tensor | None:
@@ -367,12 +427,18 @@ def _of_one_step(sequence: Tensor | None, final: Tensor | None) -> Tensor | None
     return sequence[0] + final
 
 
-def _new_gradients(x: Tensor, weight_hh: Tensor, batch: int, needs: list[bool]) -> list[Tensor | None]:
+def _new_gradients(
+    x: Tensor, weight_hh: Tensor, batch: int, needs: list[bool], weight: torch.dtype, state: torch.dtype
+) -> list[Tensor | None]:
     """Empty gradients of x, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0; None where `needs` is False."""
     rows, hidden = weight_hh.shape
     inputs = x.shape[-1]
     shapes = [(rows, inputs), (rows, hidden), (rows,), (rows,), (batch, hidden), (batch, hidden)]
-    rest = [x.new_empty(shape) if need else None for shape, need in zip(shapes, needs[1:], strict=True)]
+    dtypes = [weight] * 4 + [state] * 2
+    rest = [
+        x.new_empty(shape, dtype=dtype) if need else None
+        for shape, dtype, need in zip(shapes, dtypes, needs[1:], strict=True)
+    ]
     return [new_like_rows(x, inputs) if needs[0] else None, *rest]
 
 
@@ -412,8 +478,10 @@ def fake_forward(
         y,
         x.new_empty(batch, hidden),
         x.new_empty((batch, hidden) if lstm else 0),
-        x.new_empty(rows * (-(-hidden // lanes)) * kept_per_unit * lanes if save else 0),
-        new_like_rows(x, hidden) if lstm and (save or cell_states) else x.new_empty(0),
+        x.new_empty(rows * (-(-hidden // lanes)) * kept_per_unit * lanes if save else 0, dtype=torch.float32),
+        new_like_rows(x, hidden, torch.float32)
+        if lstm and (save or cell_states)
+        else x.new_empty(0, dtype=torch.float32),
     )
 
 
@@ -444,5 +512,6 @@ def fake_backward(
     x = _with_unit_stride(x)
     state = h0 if h0 is not None else c0
     batch = 0 if state is None else state.shape[0]  # only the states' gradients have this size
-    gradients = _new_gradients(x, weight_hh, batch, needs)
-    return tuple(x.new_empty(0) if gradient is None else gradient for gradient in gradients)
+    gradients = _new_gradients(x, weight_hh, batch, needs, weight_hh.dtype, x.dtype)
+    found = tuple(x.new_empty(0) if gradient is None else gradient for gradient in gradients)
+    return _narrowed(found, x.dtype, weight_hh.dtype)

@@ -279,10 +279,10 @@ def _key(call: RecurrenceCall, backend: str) -> tuple[Any, ...] | None:
         or torch.autograd.forward_ad._current_level >= 0
         or torch._C._get_tracing_state() is not None
         or torch.is_autocast_enabled("cpu")
+        or torch.is_autocast_enabled("cuda")
         or call.weight_hr is not None
         or call.batch_sizes is not None
-        or call.zoneout != 0
-        or call.options()
+        or not call.is_plain()
     ):
         return None
     key: list[Any] = [call.cell, backend]
@@ -301,8 +301,10 @@ def run_step(call: RecurrenceCall, picked: str) -> tuple[Tensor, Tensor | None]:
     inputs = (call.x, call.weight_ih, call.weight_hh, call.bias_ih, call.bias_hh, call.h0, call.c0)
     if (
         picked != "cpu"
+        or call.x.dtype is not torch.float32
+        or torch.is_autocast_enabled("cpu")
         or _use_registered_op()
-        or call.options()
+        or not call.is_plain()
         or (torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs))
     ):
         return run_on(call, picked)[1:3]
@@ -320,7 +322,8 @@ def run_on(call: RecurrenceCall, picked: str) -> tuple[Tensor, Tensor, Tensor | 
         return reference.run(call)
     lengths = None if call.lengths is None else call.lengths.to("cpu", torch.int64).contiguous()
     batch_sizes = None if call.batch_sizes is None else call.batch_sizes.contiguous()
-    inputs = (call.x, call.weight_ih, call.weight_hh, call.bias_ih, call.bias_hh, call.h0, call.c0)
+    x, h0, c0 = _autocast(call.x, call.h0, call.c0)
+    inputs = (x, call.weight_ih, call.weight_hh, call.bias_ih, call.bias_hh, h0, c0)
     options = (
         lengths,
         batch_sizes,
@@ -336,7 +339,20 @@ def run_on(call: RecurrenceCall, picked: str) -> tuple[Tensor, Tensor, Tensor | 
     else:
         y, h_n, c_n, _, c_all = _forward(cell, *inputs, *options, False, call.return_cell_states)
     lstm = call.cell == "lstm"
-    return y, h_n, c_n if lstm else None, c_all if lstm and call.return_cell_states else None
+    cell_states = c_all.to(x.dtype) if lstm and call.return_cell_states else None
+    if call.cell == "gru" and x is not call.x:
+        # Under autocast torch.nn's GRU gives out the dtype of its state, its RNN and LSTM that of the products.
+        state = call.x if call.h0 is None else call.h0
+        y, h_n = y.to(state.dtype), h_n.to(state.dtype)
+    return y, h_n, c_n if lstm else None, cell_states
+
+
+def _autocast(x: Tensor, *states: Tensor | None) -> tuple[Any, ...]:
+    """The data of a call in autocast's dtype. The weights stay as they are: the kernels round them when packing."""
+    if not torch.is_autocast_enabled("cpu"):
+        return x, *states
+    dtype = torch.get_autocast_dtype("cpu")
+    return tuple(None if tensor is None else tensor.to(dtype) for tensor in (x, *states))
 
 
 def _use_registered_op() -> bool:
@@ -358,7 +374,7 @@ class _Recurrence(torch.autograd.Function):
         y, h_n, c_n, saved, c_all = _forward(cell, *arguments, True, cell_states)
         ctx.cell, ctx.scalars = cell, arguments[11:]
         # A copy of y, so that the caller may work on y in place as with torch.nn (0.2 % of a training step).
-        kept = y.clone() if _use_registered_op() else cpu.workspace(y, y.shape, y.stride()).copy_(y)
+        kept = y.clone() if _use_registered_op() else cpu.workspace(y, y.shape, y.stride(), y.dtype).copy_(y)
         ctx.save_for_backward(*arguments[:11], kept, saved, c_all)
         ctx.set_materialize_grads(False)
         if cell != "lstm":
@@ -393,9 +409,11 @@ def _differentiable_gradients(
     *inputs, lengths, batch_sizes, resets, recurrent_mask = tensors
     zoneout, zoneout_seed, reverse = scalars
     with torch.enable_grad():
+        dtype = cast(Tensor, inputs[0]).dtype  # under autocast the weights' is another
+        same = tuple(None if tensor is None else tensor.to(dtype) for tensor in inputs)
         call = RecurrenceCall(
             cell.removesuffix("_reset_before"),
-            *cast("tuple[Any, Any, Any, Any, Any, Any, Any]", tuple(inputs)),
+            *cast("tuple[Any, Any, Any, Any, Any, Any, Any]", same),
             reset_after=not cell.endswith("_reset_before"),
             lengths=lengths,
             batch_sizes=batch_sizes,
