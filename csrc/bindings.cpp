@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
 #include <memory>
 #include <numeric>
 #include <optional>
@@ -93,6 +94,14 @@ class PackedWeight {
 
 using Strides = std::pair<int64_t, int64_t>;
 
+// Weights and biases of the layer norms of W_ih x, W_hh h and c.
+using Norms = std::array<uintptr_t, 6>;
+
+template <class Norm, class T>
+Norm norm_at(const Norms& norms, int index) {
+  return {pointer<T>(norms[2 * index]), pointer<T>(norms[2 * index + 1])};
+}
+
 // Where the rows of a call lie and which of them take part in each step.
 class Layout {
  public:
@@ -151,7 +160,7 @@ class Layout {
 void forward(const Layout& layout, uintptr_t x, Strides x_strides, const PackedWeight* weight_ih,
              const PackedWeight& weight_hh, uintptr_t bias_ih, uintptr_t bias_hh, uintptr_t h0, uintptr_t c0,
              uintptr_t y, Strides y_strides, uintptr_t h_n, uintptr_t c_n, uintptr_t saved, uintptr_t c_all,
-             int threads) {
+             const Norms& norms, uintptr_t norm_saved, int threads) {
   std::vector<int64_t> x_offsets, y_offsets;
   const ForwardArgs args{pointer(x),
                          layout.rows(x_strides, x_offsets),
@@ -166,7 +175,11 @@ void forward(const Layout& layout, uintptr_t x, Strides x_strides, const PackedW
                          pointer(h_n),
                          pointer(c_n),
                          pointer(saved),
-                         pointer(c_all)};
+                         pointer(c_all),
+                         norm_at<Norm, const float>(norms, 0),
+                         norm_at<Norm, const float>(norms, 1),
+                         norm_at<Norm, const float>(norms, 2),
+                         pointer(norm_saved)};
   py::gil_scoped_release release;
   layout.kernels.forward(layout.problem, args, team_size(threads));
 }
@@ -175,7 +188,8 @@ void backward(const Layout& layout, uintptr_t dy, Strides dy_strides, uintptr_t 
               uintptr_t dc_all, Strides dc_all_strides, uintptr_t x, Strides x_strides, const PackedWeight* weight_ih, const PackedWeight& weight_hh, uintptr_t h0,
               uintptr_t c0, uintptr_t y, Strides y_strides, uintptr_t saved, uintptr_t c_all, uintptr_t dx,
               Strides dx_strides, uintptr_t dweight_ih, uintptr_t dweight_hh, uintptr_t dbias_ih, uintptr_t dbias_hh,
-              uintptr_t dh0, uintptr_t dc0, int threads) {
+              uintptr_t dh0, uintptr_t dc0, const Norms& norms, uintptr_t norm_saved, const Norms& dnorms,
+              int threads) {
   std::vector<int64_t> dy_offsets, dc_all_offsets, x_offsets, y_offsets, dx_offsets;
   const BackwardArgs args{pointer(dy),
                           layout.rows(dy_strides, dy_offsets),
@@ -200,7 +214,14 @@ void backward(const Layout& layout, uintptr_t dy, Strides dy_strides, uintptr_t 
                           pointer(dbias_ih),
                           pointer(dbias_hh),
                           pointer(dh0),
-                          pointer(dc0)};
+                          pointer(dc0),
+                          norm_at<Norm, const float>(norms, 0),
+                          norm_at<Norm, const float>(norms, 1),
+                          norm_at<Norm, const float>(norms, 2),
+                          pointer(norm_saved),
+                          norm_at<NormGradient, float>(dnorms, 0),
+                          norm_at<NormGradient, float>(dnorms, 1),
+                          norm_at<NormGradient, float>(dnorms, 2)};
   py::gil_scoped_release release;
   layout.kernels.backward(layout.problem, args, team_size(threads));
 }
@@ -262,8 +283,11 @@ PYBIND11_MODULE(_C, m) {
     return kernels().checksum(pointer(data), size, team_size(threads));
   });
   m.def("lanes", [] { return kernels().lanes; });
-  m.def("saved_size", [](int cell, int64_t rows, int64_t hidden_size, bool zoneout_expected) {
-    return kernels().saved_size(static_cast<Cell>(cell), rows, hidden_size, zoneout_expected);
+  // Floats that the forward pass keeps of activations, and of layer norms.
+  m.def("saved_sizes", [](int cell, int64_t rows, int64_t hidden_size, bool zoneout_expected, bool norms) {
+    const Cell c = static_cast<Cell>(cell);
+    return std::make_pair(kernels().saved_size(c, rows, hidden_size, zoneout_expected),
+                          norms ? kernels().norm_saved_size(c, rows, hidden_size) : 0);
   });
 
   py::class_<Workspace>(m, "Workspace", py::buffer_protocol())

@@ -71,18 +71,24 @@ FASTRNN_CELL V lstm_output(V o, V c) {
   return o * tanh(c);
 }
 
-// gates: activations on entry, gradients of the pre-activations on return; dc: gradient of c_t on entry (without
-// what comes through h_t), of c_{t-1} on return.
+// gates: activations on entry, gradients of the pre-activations on return. tanh_c: what h is o times of. dc: gradient of c_t
+// on entry, with what comes through h_t; of c_{t-1} on return.
 template <class V>
-FASTRNN_CELL void lstm_backward(LstmGates<V>& gates, V c_previous, V dh, V& dc) {
+FASTRNN_CELL void lstm_gate_gradients(LstmGates<V>& gates, V c_previous, V tanh_c, V dh, V& dc) {
   const V i = gates.i, f = gates.f, g = gates.g, o = gates.o;
-  const V tanh_c = tanh(f * c_previous + i * g);
-  dc = dc + dh * o * (1.0f - tanh_c * tanh_c);
   gates.i = dc * g * i * (1.0f - i);
   gates.f = dc * c_previous * f * (1.0f - f);
   gates.g = dc * i * (1.0f - g * g);
   gates.o = dh * tanh_c * o * (1.0f - o);
   dc = dc * f;
+}
+
+// The same where h = o * tanh(c); dc on entry without what comes through h_t.
+template <class V>
+FASTRNN_CELL void lstm_backward(LstmGates<V>& gates, V c_previous, V dh, V& dc) {
+  const V tanh_c = tanh(gates.f * c_previous + gates.i * gates.g);
+  dc = dc + dh * gates.o * (1.0f - tanh_c * tanh_c);
+  lstm_gate_gradients(gates, c_previous, tanh_c, dh, dc);
 }
 
 template <class V>

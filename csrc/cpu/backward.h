@@ -95,7 +95,7 @@ template <Cell cell>
 class Backward {
   using P = Panel<cell>;
   static constexpr bool kLstm = cell == Cell::lstm, kGru = is_gru(cell), kResetBefore = cell == Cell::gru_reset_before;
-  static constexpr int kGates = gate_count(cell), kBlocks = gradient_count(cell);
+  static constexpr int kGates = gate_count(cell), kGroups = group_count<cell>();
   static constexpr int kTile = max_rows<2>();
 
  public:
@@ -110,18 +110,24 @@ class Backward {
         chunk_rows_(largest_chunk(problem)),
         chunk_words_(words(chunk_rows_)),
         gate_stride_(gate_stride(problem.hidden_size)),
-        gradient_stride_(padded(kBlocks * gate_stride_ / kPerWord)),
+        blocks_(norms() ? 2 * kGates : gradient_count(cell)),
+        gradient_stride_(padded(blocks_ * gate_stride_ / kPerWord)),
         state_stride_(panels_ * kColumns),
         tiles_(ceil_div(problem.hidden_size, kTile)),
         tile_words_(kTile * chunk_words_),
-        slot_floats_(kBlocks * (ceil_div(tiles_, deal_.slots) + 1) * tile_words_ +
+        slot_floats_(blocks_ * (ceil_div(tiles_, deal_.slots) + 1) * tile_words_ +
                      product_floats() + ceil_div(x_panels_, deal_.slots) * kColumns * chunk_rows_),
         gradients_(2 * chunk_rows_ * gradient_stride_),
         zoneout_(problem),
         h_carry_(kGru || zoneout_.used() ? problem.batch * state_stride_ : 0),
         c_carry_(kLstm ? problem.batch * state_stride_ : 0),
-        sums_(2 * kBlocks * problem.hidden_size),
+        sums_(2 * blocks_ * problem.hidden_size),
         right_((panels_ + x_panels_ + (kResetBefore ? panels_ : 0)) * kColumns * chunk_words_),
+        norm_work_(norms() ? problem.batch * vectors_ * kNormValues * kLanes : 0),
+        norm_sums_(norms() ? deal_.slots * 2 * norm_sums_size() : 0),
+        parts_hh_(args.norm_hh.weight ? problem.batch : 0, kGroups, problem.hidden_size),
+        parts_ih_(args.norm_ih.weight ? problem.batch : 0, kGroups, problem.hidden_size),
+        parts_c_(args.norm_c.weight ? problem.batch : 0, 1, problem.hidden_size),
         scratch_(deal_.slots * slot_floats_) {
     // Rows of dG end their gates in whole words; what fills those up is multiplied by zeros, so it may not be NaN.
     if (gate_stride_ != problem.hidden_size)
@@ -138,6 +144,20 @@ class Backward {
   }
 
  private:
+  // With layer norm a row of dG holds the gradients of W_hh h, then those of W_ih x, in the packed weights' order.
+  bool norms() const { return args_.norm_ih.weight || args_.norm_hh.weight || args_.norm_c.weight; }
+  GradientBlock block_at(int block) const {
+    if (!norms()) return gradient_block<cell>(block);
+    if (block < kGates) return {static_cast<int>(hidden_gate<cell>(block)), -1};
+    return {-1, block - kGates};
+  }
+
+  // Of a row's vector of units, in norm_work_: gradients of the gates' pre-activations, the GRU's W_hn h + b_hn last.
+  static constexpr int kNormValues = 4;
+
+  // A slot's sums over rows: for W_hh h and W_ih x those of dy x^ and dy, G * H each, then the same for c, H each.
+  int64_t norm_sums_size() const { return (4 * kGates + 2) * vectors_ * kLanes; }
+
   static int64_t largest_chunk(const Problem& problem) {
     int64_t rows = smaller(kGradientRows, problem.row_base[problem.steps]);
     for (int64_t t = 0; t < problem.steps; ++t) rows = larger(rows, problem.active[t]);
@@ -199,10 +219,15 @@ class Backward {
     float* h_carry_at(int64_t i) const { return f.h_carry_.data() + i * f.state_stride_; }
     float* c_carry_at(int64_t i) const { return f.c_carry_.data() + i * f.state_stride_; }
     void wait() const { f.barrier_.wait(begin, end); }
+    void meet() const {
+      if (!f.deal_.by_rows) wait();
+    }
 
     void run() {
       pass_through();
       zero_sums();
+      for (int64_t slot = begin; f.norms() && slot < end; ++slot)
+        __builtin_memset(norm_sums(slot), 0, f.norm_sums_size() * sizeof(double));
       const Word* next = nullptr;  // dG of step s + 1
       int64_t buffer = 0;
       bool first = true;
@@ -215,7 +240,7 @@ class Backward {
           Word* current = chunk + (problem.row_base[time(step)] - base) * f.gradient_stride_;
           recur(step, next, current);
           if constexpr (kResetBefore) {
-            if (!f.deal_.by_rows) wait();
+            meet();
             recur_reset(step, current);
           }
           rows += active_at(step);
@@ -232,7 +257,11 @@ class Backward {
         s = low - 1;
       }
       if (problem.steps > 0) recur(-1, next, nullptr);
-      bias_gradients();
+      if (f.norms()) {
+        norm_gradients();
+      } else {
+        bias_gradients();
+      }
     }
 
     int64_t chunk_begin(int64_t s) const {
@@ -255,7 +284,7 @@ class Backward {
     void recur(int64_t s, const Word* next, Word* current) const {
       const int64_t from = r0, coming = smaller(r1, active_at(s + 1));
       const int64_t last = larger(coming, smaller(r1, active_at(s)));
-      if (from >= last) return;
+      if (from >= last) return;  // by all threads alike, where they have to meet
       const bool needed = s >= 0 || args.dh0 || args.dc0;
       if (!needed) return;
       const int64_t rows = larger(0, coming - from), group = last - from <= kFewRows ? kGroup : 1;
@@ -268,6 +297,7 @@ class Backward {
         for (int64_t q = 0; q < count; ++q)
           finish(s, p + q, from, coming, last, product + q * rows * kColumns, current);
       }
+      if (f.norms() && s >= 0) normalize_gradients(s, current);
     }
 
     int64_t gate_words() const { return f.gate_stride_ / kPerWord; }
@@ -313,12 +343,21 @@ class Backward {
             const Vec r = load(saved_at(t, i, unit));
             Vec drh = load(product + (i - r0) * kColumns + vector * kLanes), h = state_before(y, args.h0, s, i, unit);
             if (mask) h = h * load(mask, count);
-            store(elements(current + i * f.gradient_stride_) + unit, gru_reset_gradient(r, h, drh), count);
+            const Vec dr = gru_reset_gradient(r, h, drh);
+            if (f.norms()) {
+              store(norm_work(i, unit), dr);
+            } else {
+              store(elements(current + i * f.gradient_stride_) + unit, dr, count);
+            }
             drh = drh * r;
             if (mask) drh = drh * load(mask, count);
             if (!is_reset(s, i)) store(h_carry_at(i) + unit, load(h_carry_at(i) + unit) + drh);
           }
       }
+      if (!f.norms() || r0 >= last) return;
+      measure_gradients(s, 0b01, 0b11);
+      meet();
+      write_gradients(s, 0b01, 0b11, current);
     }
 
     const float* saved_at(int64_t t, int64_t i, int64_t unit) const {
@@ -377,36 +416,248 @@ class Backward {
               dc += load(args.dc_all + args.dc_all_rows.offset[t] + b * args.dc_all_rows.stride + unit, count);
             Vec dc_old = {};
             if (zoneout) f.zoneout_.row(1, t, b).split(unit, dc, dc, dc_old);
-            lstm_backward(gates, state_before(args.c_all, args.c0, s, i, unit), dh, dc);
-            dc += dc_old;
-            store(out, gates.i, count);
-            store(out + gate, gates.f, count);
-            store(out + 2 * gate, gates.g, count);
-            store(out + 3 * gate, gates.o, count);
-            store(c_carry_at(i) + unit, reset ? Vec{} : dc);
+            const Vec c_previous = state_before(args.c_all, args.c0, s, i, unit);
+            if (f.norms()) {
+              float* work = norm_work(i, unit);
+              store(work, dh);
+              store(work + kLanes, dc);
+              store(work + 2 * kLanes, dc_old);  // lstm_normalized does the rest
+            } else {
+              lstm_backward(gates, c_previous, dh, dc);
+              store(out, gates.i, count);
+              store(out + gate, gates.f, count);
+              store(out + 2 * gate, gates.g, count);
+              store(out + 3 * gate, gates.o, count);
+              store(c_carry_at(i) + unit, reset ? Vec{} : dc + dc_old);
+            }
           } else if constexpr (kResetBefore) {
             Vec z = load(saved + kLanes), n = load(saved + 2 * kLanes);
             gru_reset_before_backward(z, n, state_before(y, args.h0, s, i, unit), dh);
             dh_old += dh;
-            store(out + gate, z, count);
-            store(out + 2 * gate, n, count);
+            if (f.norms()) {
+              store(norm_work(i, unit) + kLanes, z);
+              store(norm_work(i, unit) + 2 * kLanes, n);
+            } else {
+              store(out + gate, z, count);
+              store(out + 2 * gate, n, count);
+            }
           } else if constexpr (kGru) {
             GruGates<Vec> gates{load(saved), load(saved + kLanes), load(saved + 2 * kLanes),
                                 load(saved + 3 * kLanes)};
             gru_backward(gates, state_before(y, args.h0, s, i, unit), dh);
             dh_old += dh;
-            store(out, gates.h_n, count);
-            store(out + gate, gates.r, count);
-            store(out + 2 * gate, gates.z, count);
-            store(out + 3 * gate, gates.n, count);
+            if (f.norms()) {
+              float* work = norm_work(i, unit);
+              store(work, gates.r);
+              store(work + kLanes, gates.z);
+              store(work + 2 * kLanes, gates.n);
+              store(work + 3 * kLanes, gates.h_n);
+            } else {
+              store(out, gates.h_n, count);
+              store(out + gate, gates.r, count);
+              store(out + 2 * gate, gates.z, count);
+              store(out + 3 * gate, gates.n, count);
+            }
           } else {
             // Under zoneout's expectation y is not the cell's own output, so that one is saved.
             const Vec h = args.saved ? load(saved_output(problem, args.saved, t, i) + unit) : load(y + y_at, count);
-            store(out, rnn_backward<cell>(h, dh), count);
+            if (f.norms()) {
+              store(norm_work(i, unit), rnn_backward<cell>(h, dh));
+            } else {
+              store(out, rnn_backward<cell>(h, dh), count);
+            }
           }
           if (kGru || zoneout) store(h_carry_at(i) + unit, reset ? Vec{} : dh_old);
         }
       }
+    }
+
+    float* norm_work(int64_t i, int64_t unit) const {
+      return f.norm_work_.data() + (i * f.vectors_ + unit / kLanes) * (kNormValues * kLanes);
+    }
+    double* norm_sums(int64_t slot) const {
+      return reinterpret_cast<double*>(f.norm_sums_.data()) + slot * f.norm_sums_size();
+    }
+    const float* norm_saved(int64_t s, int64_t i) const {
+      return args.norm_saved + (problem.row_base[time(s)] + i) * NormSaved<cell>::row_size(problem.hidden_size);
+    }
+    // The reciprocal standard deviation; 0 for one number alone, whose norm is constant, where the terms of its gradient would
+    // cancel to rounding errors only.
+    float slope(int64_t s, int64_t i, int index, int gates) const {
+      if (gates * problem.hidden_size == 1) return 0.0f;
+      return norm_saved(s, i)[NormSaved<cell>::deviation(problem.hidden_size, index)];
+    }
+    Vec normal(int64_t s, int64_t i, int64_t unit, int index) const {
+      return load(norm_saved(s, i) + NormSaved<cell>::value(unit, index));
+    }
+    // Parameters of a norm at a gate's units.
+    Vec parameter(const float* values, int gate, int64_t unit) const {
+      return load(values + gate * problem.hidden_size + unit, problem.hidden_size - unit);
+    }
+    void add_sums(int64_t index, int64_t unit, Vec values) const {
+      double* to = norm_sums(begin) + index * f.vectors_ * kLanes + unit;
+      for (int lane = 0; lane < kLanes; ++lane) to[lane] += values[lane];
+    }
+
+    template <class Function>
+    void for_units(Function function) const {
+      for (int64_t p = p0; p < p1; ++p)
+        for (int64_t unit = p * kColumns; unit < smaller(problem.hidden_size, (p + 1) * kColumns); unit += kLanes)
+          function(unit);
+    }
+
+    // From what `finish` has left in norm_work_ to dG of step s, through the layer norms.
+    void normalize_gradients(int64_t s, Word* current) const {
+      if constexpr (kLstm) lstm_normalized(s);
+      constexpr int kAll = (1 << kGroups) - 1;
+      const int hidden = kResetBefore ? 0b10 : kAll, input = kResetBefore ? 0 : kAll;
+      measure_gradients(s, hidden, input);
+      meet();
+      write_gradients(s, hidden, input, current);
+    }
+
+    // dh and dc in norm_work_ become the gradients of the gates, with tanh taken of the normalised c.
+    void lstm_normalized(int64_t s) const {
+      if constexpr (kLstm) {
+        const int64_t now = smaller(r1, active_at(s)), t = time(s);
+        auto tanh_at = [&](int64_t i, int64_t unit) __attribute__((always_inline)) {
+          return tanh(normal(s, i, unit, NormSaved<cell>::kState) * parameter(args.norm_c.weight, 0, unit) +
+                      parameter(args.norm_c.bias, 0, unit));
+        };
+        if (args.norm_c.weight) {
+          for_units([&](int64_t unit) {
+            const Vec weight = parameter(args.norm_c.weight, 0, unit);
+            Vec dweight = {}, dbias = {};
+            for (int64_t i = r0; i < now; ++i) {
+              float* work = norm_work(i, unit);
+              const Vec tanh_c = tanh_at(i, unit), x = normal(s, i, unit, NormSaved<cell>::kState);
+              const Vec dn = load(work) * load(saved_at(t, i, unit) + 3 * kLanes) * (1.0f - tanh_c * tanh_c);
+              store(work + 3 * kLanes, dn);
+              f.parts_c_.put(i, 0, unit, sum(weight * dn), sum(weight * dn * x));
+              dweight += dn * x;
+              dbias += dn;
+            }
+            add_sums(4 * kGates, unit, dweight);
+            add_sums(4 * kGates + 1, unit, dbias);
+          });
+          meet();
+        }
+        for (int64_t i = r0; i < now; ++i) {
+          const bool reset = is_reset(s, i);
+          const auto means = args.norm_c.weight ? f.parts_c_.means(i, 0, 1) : RowParts::Means{};
+          for_units([&](int64_t unit) {
+            float* work = norm_work(i, unit);
+            const float* saved = saved_at(t, i, unit);
+            const Vec dh = load(work), c_previous = state_before(args.c_all, args.c0, s, i, unit);
+            Vec dc = load(work + kLanes);
+            LstmGates<Vec> gates{load(saved), load(saved + kLanes), load(saved + 2 * kLanes), load(saved + 3 * kLanes)};
+            if (args.norm_c.weight) {
+              dc += slope(s, i, NormSaved<cell>::kStateDeviation, 1) *
+                    (parameter(args.norm_c.weight, 0, unit) * load(work + 3 * kLanes) - means.first -
+                     normal(s, i, unit, NormSaved<cell>::kState) * means.second);
+              lstm_gate_gradients(gates, c_previous, tanh_at(i, unit), dh, dc);
+            } else {
+              lstm_backward(gates, c_previous, dh, dc);
+            }
+            store(c_carry_at(i) + unit, reset ? Vec{} : dc + load(work + 2 * kLanes));
+            store(work, gates.i);
+            store(work + kLanes, gates.f);
+            store(work + 2 * kLanes, gates.g);
+            store(work + 3 * kLanes, gates.o);
+          });
+        }
+      }
+    }
+
+    // Where norm_work_ has the gradient that reaches a gate from W_hh h.
+    static constexpr int hidden_value(int gate) { return cell == Cell::gru && gate == 2 ? 3 : gate; }
+    static constexpr int group_of(int gate) { return is_gru(cell) && gate == 2; }
+
+    // The sums that the norms' gradients need, of the groups that the masks name, and those of their parameters.
+    void measure_gradients(int64_t s, int hidden, int input) const {
+      const int64_t now = smaller(r1, active_at(s));
+      auto measure = [&](int groups, const Norm& norm, const RowParts& parts, bool of_input) {
+        const int first_sum = of_input ? 2 * kGates : 0;
+        const int first_value = of_input ? NormSaved<cell>::kInput : NormSaved<cell>::kHidden;
+        for_units([&](int64_t unit) {
+          Vec dweight[kGates] = {}, dbias[kGates] = {};
+          for (int64_t i = r0; i < now; ++i) {
+            Vec first[2] = {}, second[2] = {};
+            for (int gate = 0; gate < kGates; ++gate) {
+              if (!(groups >> group_of(gate) & 1)) continue;
+              const Vec dy = load(norm_work(i, unit) + (of_input ? gate : hidden_value(gate)) * kLanes);
+              dbias[gate] += dy;
+              if (!norm.weight) continue;
+              const Vec x = normal(s, i, unit, first_value + gate), weighted = parameter(norm.weight, gate, unit) * dy;
+              dweight[gate] += dy * x;
+              first[group_of(gate)] += weighted;
+              second[group_of(gate)] += weighted * x;
+            }
+            for (int group = 0; norm.weight && group < kGroups; ++group)
+              if (groups >> group & 1) parts.put(i, group, unit, sum(first[group]), sum(second[group]));
+          }
+          for (int gate = 0; gate < kGates; ++gate) {
+            if (!(groups >> group_of(gate) & 1)) continue;
+            add_sums(first_sum + gate, unit, dweight[gate]);
+            add_sums(first_sum + kGates + gate, unit, dbias[gate]);
+          }
+        });
+      };
+      measure(hidden, args.norm_hh, f.parts_hh_, false);
+      measure(input, args.norm_ih, f.parts_ih_, true);
+    }
+
+    void write_gradients(int64_t s, int hidden, int input, Word* current) const {
+      const int64_t now = smaller(r1, active_at(s));
+      auto write = [&](int groups, const Norm& norm, const RowParts& parts, bool of_input) {
+        const int first_value = of_input ? NormSaved<cell>::kInput : NormSaved<cell>::kHidden;
+        const int first_deviation = of_input ? NormSaved<cell>::kInputDeviation : NormSaved<cell>::kHiddenDeviation;
+        for (int64_t i = r0; i < now; ++i)
+          for (int group = 0; group < kGroups; ++group) {
+            if (!(groups >> group & 1)) continue;
+            const Group gates = norm_group<cell>(group);
+            const auto means = norm.weight ? parts.means(i, group, gates.gates) : RowParts::Means{};
+            const float rstd = norm.weight ? slope(s, i, first_deviation + group, gates.gates) : 1.0f;
+            for (int gate = gates.first; gate < gates.first + gates.gates; ++gate) {
+              const int block = of_input ? kGates + gate : cell == Cell::gru ? (gate + 1) % 3 : gate;
+              Element* out = elements(current + i * f.gradient_stride_) + block * f.gate_stride_;
+              for_units([&](int64_t unit) {
+                Vec d = load(norm_work(i, unit) + (of_input ? gate : hidden_value(gate)) * kLanes);
+                if (norm.weight)
+                  d = rstd * (parameter(norm.weight, gate, unit) * d - means.first -
+                              normal(s, i, unit, first_value + gate) * means.second);
+                store(out + unit, d, problem.hidden_size - unit);
+              });
+            }
+          }
+      };
+      write(hidden, args.norm_hh, f.parts_hh_, false);
+      write(input, args.norm_ih, f.parts_ih_, true);
+    }
+
+    // The slots' sums, added up, to the gradients of the norms' parameters and of the biases.
+    void norm_gradients() const {
+      wait();
+      const int64_t from = share(problem.hidden_size, begin), last = share(problem.hidden_size, end);
+      auto write = [&](int index, float* to) {
+        for (int64_t unit = from; to && unit < last; ++unit) {
+          double total = 0;
+          for (int64_t slot = 0; slot < f.deal_.slots; ++slot)
+            total += norm_sums(slot)[index * f.vectors_ * kLanes + unit];
+          to[unit] = total;
+        }
+      };
+      auto at = [&](float* to, int gate) { return to ? to + gate * problem.hidden_size : nullptr; };
+      for (int gate = 0; gate < kGates; ++gate) {
+        write(gate, at(args.dnorm_hh.weight, gate));
+        write(kGates + gate, at(args.dnorm_hh.bias, gate));
+        write(kGates + gate, at(args.dbias_hh, gate));
+        write(2 * kGates + gate, at(args.dnorm_ih.weight, gate));
+        write(3 * kGates + gate, at(args.dnorm_ih.bias, gate));
+        write(3 * kGates + gate, at(args.dbias_ih, gate));
+      }
+      write(4 * kGates, args.dnorm_c.weight);
+      write(4 * kGates + 1, args.dnorm_c.bias);
     }
 
     // function(row within the chunk, step, row within the step, t) for the steps [low, high], in memory order.
@@ -467,7 +718,7 @@ class Backward {
     void for_tiles(Function function) const {
       const int64_t first = share(problem.hidden_size, begin), size = share(problem.hidden_size, end) - first;
       const RowTiles tiles(size, kTile);
-      for (int block = 0; block < kBlocks; ++block)
+      for (int block = 0; block < f.blocks_; ++block)
         for (int64_t i = 0; i < tiles.count; ++i)
           function(block, block * tiles.count + i, first + tiles.begin(i), tiles.begin(i + 1) - tiles.begin(i));
     }
@@ -488,7 +739,7 @@ class Backward {
 
     void bias_gradients() const {
       for_tiles([&](int block, int64_t, int64_t column, int64_t count) {
-        const GradientBlock to = gradient_block<cell>(block);
+        const GradientBlock to = f.block_at(block);
         auto write = [&](float* bias, int gate) {
           for (int64_t m = 0; bias && gate >= 0 && m < count; ++m)
             bias[gate * problem.hidden_size + column + m] = f.sums()[block * problem.hidden_size + column + m];
@@ -513,7 +764,7 @@ class Backward {
           float* dweight = hidden ? args.dweight_hh : args.dweight_ih;
           if (dweight) {
             for_tiles([&](int block, int64_t tile, int64_t row, int64_t count) {
-              const GradientBlock to = gradient_block<cell>(block);
+              const GradientBlock to = f.block_at(block);
               const int gate = hidden ? to.hidden_gate : to.input_gate;
               if (gate < 0 || (kResetBefore && hidden && reset_h != (gate == 2))) return;
               add_outer(count, depth, columns + tile * f.tile_words_ + k * count,
@@ -528,7 +779,7 @@ class Backward {
 
     void input_gradient(int64_t low, int64_t high, int64_t base, Word* chunk, int64_t rows) const {
       if (!dx) return;
-      Word* a = chunk + (cell == Cell::gru ? gate_words() : 0);  // the blocks r z n
+      Word* a = chunk + (f.norms() ? kGates : cell == Cell::gru ? 1 : 0) * gate_words();  // the blocks r z n
       if (!weight_ih) {
         const int64_t from = share(problem.hidden_size, begin), size = share(problem.hidden_size, end) - from;
         for (int gate = 0; gate < kGates; ++gate) {
@@ -580,10 +831,14 @@ class Backward {
   const int64_t panels_, vectors_, x_panels_;
   const Deal deal_;
   mutable Barrier barrier_;
-  const int64_t chunk_rows_, chunk_words_, gate_stride_, gradient_stride_, state_stride_, tiles_, tile_words_,
+  const int64_t chunk_rows_, chunk_words_, gate_stride_;
+  const int blocks_;
+  const int64_t gradient_stride_, state_stride_, tiles_, tile_words_,
       slot_floats_;
   const Zoneout zoneout_;
-  const Scratch gradients_, h_carry_, c_carry_, sums_, right_, scratch_;
+  const Scratch gradients_, h_carry_, c_carry_, sums_, right_, norm_work_, norm_sums_;
+  const RowParts parts_hh_, parts_ih_, parts_c_;
+  const Scratch scratch_;
 };
 
 }  // namespace

@@ -2,6 +2,7 @@
 // projects its part of a chunk of inputs, then walks the chunk's steps; only h crosses threads, one barrier a step.
 #pragma once
 
+#include "cpu/norm.h"
 #include "cpu/zoneout.h"
 
 namespace fastrnn {
@@ -53,6 +54,7 @@ class Forward {
   using P = Panel<cell>;
   static constexpr bool kLstm = cell == Cell::lstm, kResetBefore = cell == Cell::gru_reset_before;
   static constexpr int kMaxRows = max_rows<P::NV>();
+  static constexpr int kGroups = group_count<cell>();
   static constexpr bool kRounded = kPerWord > 1;  // h is rounded where it meets W_hh
 
  public:
@@ -67,13 +69,16 @@ class Forward {
         x_stride_(padded(words(problem.input_size))),
         block_rows_(larger(1, smaller(problem.row_base[problem.steps], kChunkRows))),
         slot_panels_(deal_.by_rows ? panels_ : ceil_div(panels_, deal_.slots)),
-        slot_floats_(slot_panels_ * P::kWidth * (block_rows_ + 1) + slot_panels_ * P::kUnits +
+        slot_floats_(slot_panels_ * P::kWidth * (block_rows_ * (norms() ? 2 : 1) + 1) + slot_panels_ * P::kUnits +
                      block_rows_ * x_stride_),
         zoneout_(problem),
         h_(2 * problem.batch * h_stride_),
         operand_(has_operand() ? 2 * problem.batch * operand_stride_ : 0),
         c_(kLstm || kResetBefore ? problem.batch * h_stride_ : 0),
         reset_h_(kResetBefore ? problem.batch * operand_stride_ : 0),
+        parts_hh_(args.norm_hh.weight ? problem.batch : 0, kGroups, problem.hidden_size),
+        parts_ih_(args.norm_ih.weight ? (deal_.by_rows ? deal_.slots : 1) * block_rows_ : 0, kGroups, problem.hidden_size),
+        parts_c_(args.norm_c.weight ? problem.batch : 0, 1, problem.hidden_size),
         scratch_(deal_.slots * slot_floats_) {}
 
   void run() {
@@ -81,6 +86,7 @@ class Forward {
   }
 
  private:
+  bool norms() const { return args_.norm_ih.weight || args_.norm_hh.weight || args_.norm_c.weight; }
   bool has_operand() const { return kRounded || problem_.recurrent_mask; }
 
   struct Slot {
@@ -92,7 +98,7 @@ class Forward {
     const Word *const weight_ih, *const weight_hh;
     const int64_t begin, end;  // the slots that this thread stands for
     int64_t p0, p1, r0, r1;    // its panels and rows
-    float *gates_x, *bias, *bias_hn;
+    float *gates_x, *bias, *bias_hn, *products;
     Word* x_rows;
     int64_t chunk_rows = 0;              // rows that the last projection filled
     int64_t local_base[kChunkRows + 1];  // rows of the chunk before each of its steps, in memory order
@@ -117,6 +123,7 @@ class Forward {
       bias = gates_x + (p1 - p0) * P::kWidth * f.block_rows_;
       bias_hn = bias + (p1 - p0) * P::kWidth;
       x_rows = reinterpret_cast<Word*>(bias_hn + (p1 - p0) * P::kUnits);
+      products = reinterpret_cast<float*>(x_rows + f.block_rows_ * f.x_stride_);
     }
 
     int64_t time(int64_t s) const { return problem.reverse ? problem.steps - 1 - s : s; }
@@ -164,6 +171,7 @@ class Forward {
             const int64_t last = smaller(active(time(s)), i + f.block_rows_);
             project(s, stop, i, last - i);
             recur(s, i, last, 0);
+            if (f.norms()) wait();  // before the statistics of the next rows replace these
           }
           finish_step(s);
         }
@@ -284,10 +292,99 @@ class Forward {
             float* c = out + tiles.begin(i) * P::kWidth;
             tile_rows<P::NV, false>(tiles.begin(i + 1) - tiles.begin(i), smaller(kDepth<cell>, size - k),
                                     a + tiles.begin(i) * lda + k, lda, panel + k * P::kWidth, P::kWidth,
-                                    k == 0 ? Start{bias + (p - p0) * P::kWidth, 0} : Start{c, P::kWidth}, c, P::kWidth,
+                                    k > 0                 ? Start{c, P::kWidth}
+                                    : args.norm_ih.weight ? kZero
+                                                          : Start{bias + (p - p0) * P::kWidth, 0},
+                                    c, P::kWidth,
                                     ahead(p + 1 < p1 ? panel + size * P::kWidth : panel, size, i, tiles).after(k));
           }
       }
+      if (args.norm_ih.weight) normalize_input(t0, stop - s, i0, rows);
+    }
+
+    void normalize_input(int64_t t0, int64_t steps, int64_t i0, int64_t rows) const {
+      int64_t numbers[kChunkRows];  // of the chunk's rows among all
+      int64_t row = 0;
+      for (int64_t k = 0; k < steps; ++k)
+        for (int64_t i = i0; i < active(t0 + k) && row < rows; ++i) numbers[row++] = problem.row_base[t0 + k] + i;
+      const int64_t first = f.deal_.by_rows ? begin * f.block_rows_ : 0;
+      for_groups([&](auto group) { measure<group.first, group.gates>(f.parts_ih_, first, gates_x, rows, P::kWidth, 0); });
+      wait();
+      for_groups([&](auto group) {
+        normalize<group.first, group.gates>(f.parts_ih_, first, args.norm_ih, gates_x, rows, P::kWidth, 0,
+                                            [&](int64_t i) { return numbers[i]; }, NormSaved<cell>::kInput);
+      });
+      for (int64_t p = p0; p < p1; ++p)
+        for (int64_t i = 0; i < rows; ++i)
+          for (int v = 0; v < P::NV; ++v) {
+            float* to = gates_x + ((p - p0) * rows + i) * P::kWidth + v * kLanes;
+            store(to, load(to) + load(bias + (p - p0) * P::kWidth + v * kLanes));
+          }
+    }
+
+    template <int kFirst, int kGateCount>
+    struct GroupTag {
+      static constexpr int first = kFirst, gates = kGateCount;
+    };
+
+    template <class Function>
+    static void for_groups(Function function) {
+      constexpr Group a = norm_group<cell>(0), b = norm_group<cell>(kGroups - 1);
+      function(GroupTag<a.first, a.gates>());
+      if constexpr (kGroups > 1) function(GroupTag<b.first, b.gates>());
+    }
+
+    // Statistics of gates [kFirst, kFirst + kCount) in a block [panels][rows][width], whose first gate is `origin`.
+    template <int kFirst, int kCount>
+    void measure(const RowParts& parts, int64_t first_row, const float* block, int64_t rows, int64_t width,
+                 int origin) const {
+      for (int64_t p = p0; p < p1; ++p)
+        for (int64_t i = 0; i < rows; ++i)
+          for (int vector = 0; vector < P::kVectors; ++vector) {
+            const int64_t unit = p * P::kUnits + vector * kLanes;
+            if (unit >= problem.hidden_size) break;
+            const float* from = block + ((p - p0) * rows + i) * width + vector * kLanes;
+            Vec values[kCount];
+            for (int gate = 0; gate < kCount; ++gate) values[gate] = load(from + (kFirst + gate - origin) * P::kUnits);
+            parts.measure(first_row + i, group_of(kFirst), unit, values);
+          }
+    }
+
+    static constexpr int group_of(int gate) { return is_gru(cell) && gate == 2; }
+
+    // The same block normalised, in place; number(i) says which of all rows row i is.
+    template <int kFirst, int kCount, class Number>
+    void normalize(const RowParts& parts, int64_t first_row, const Norm& norm, float* block, int64_t rows,
+                   int64_t width, int origin, Number number, int saved_value) const {
+      RowParts::Scale scales[kChunkRows];
+      for (int64_t i = 0; i < rows; ++i) {
+        scales[i] = parts.scale(first_row + i, group_of(kFirst), kCount);
+        save_deviation(number(i), saved_value / gate_count(cell) * kGroups + group_of(kFirst), scales[i].rstd);
+      }
+      for (int64_t p = p0; p < p1; ++p)
+        for (int gate = kFirst; gate < kFirst + kCount; ++gate)
+          for (int vector = 0; vector < P::kVectors; ++vector) {
+            const int64_t unit = p * P::kUnits + vector * kLanes, count = problem.hidden_size - unit;
+            if (count <= 0) break;
+            const Vec weight = load(norm.weight + gate * problem.hidden_size + unit, count);
+            const Vec shift = load(norm.bias + gate * problem.hidden_size + unit, count);
+            for (int64_t i = 0; i < rows; ++i) {
+              float* to = block + ((p - p0) * rows + i) * width + (gate - origin) * P::kUnits + vector * kLanes;
+              const Vec normal = (load(to) - scales[i].mean) * scales[i].rstd;
+              save_normal(number(i), unit, saved_value + gate, normal);
+              store(to, normal * weight + shift);
+            }
+          }
+    }
+
+    float* norm_saved(int64_t row) const { return args.norm_saved + row * NormSaved<cell>::row_size(problem.hidden_size); }
+
+    void save_normal(int64_t row, int64_t unit, int index, Vec normal) const {
+      if (args.norm_saved) store(norm_saved(row) + NormSaved<cell>::value(unit, index), normal);
+    }
+
+    void save_deviation(int64_t row, int index, float rstd) const {
+      if (args.norm_saved && p0 == 0) norm_saved(row)[NormSaved<cell>::deviation(problem.hidden_size, index)] = rstd;
     }
 
     // Whether the chunk's rows of x, of which `first` is one, can be multiplied where they lie.
@@ -329,6 +426,7 @@ class Forward {
     // Step s for rows [from, to), whose input parts start at row `base` of the current chunk.
     void recur(int64_t s, int64_t from, int64_t to, int64_t base) const {
       if constexpr (kResetBefore) return recur_reset_before(s, from, to, base);
+      if (args.norm_hh.weight || args.norm_c.weight) return recur_normalized(s, from, to, base);
       auto x_part = [&](int64_t p, int64_t row) { return gates_x + ((p - p0) * chunk_rows + base + row) * P::kWidth; };
       if (to - from <= kFewRows) {
         // The chain of activations is long: with few rows it must overlap across panels (0.6 -> 0.2 us a step).
@@ -356,56 +454,114 @@ class Forward {
         }
     }
 
+    // As recur, with the threads meeting for the statistics.
+    void recur_normalized(int64_t s, int64_t from, int64_t to, int64_t base) const {
+      const int64_t rows = to - from;
+      if (rows <= 0) return;
+      auto product = [&](int64_t p) { return products + (p - p0) * rows * P::kWidth; };
+      auto number = [&](int64_t i) { return problem.row_base[time(s)] + from + i; };
+      auto x_part = [&](int64_t p) { return gates_x + ((p - p0) * chunk_rows + base) * P::kWidth; };
+      const RowTiles tiles(rows, kMaxRows);
+      for (int64_t p = p0; p < p1; ++p)
+        for (int64_t i = 0; i < tiles.count; ++i)
+          multiply_panel<P::NV>(tiles.begin(i + 1) - tiles.begin(i), operand_at(s, from + tiles.begin(i)), panel_at(p),
+                                product(p) + tiles.begin(i) * P::kWidth);
+      if (args.norm_hh.weight) {
+        for_groups([&](auto group) { measure<group.first, group.gates>(f.parts_hh_, from, products, rows, P::kWidth, 0); });
+        wait();
+        for_groups([&](auto group) {
+          normalize<group.first, group.gates>(f.parts_hh_, from, args.norm_hh, products, rows, P::kWidth, 0, number,
+                                              NormSaved<cell>::kHidden);
+        });
+      }
+      for (int64_t p = p0; p < p1; ++p) activate(s, p, from, rows, product(p), x_part(p));
+      if (kLstm && args.norm_c.weight) normalize_cell_state(from, rows, number);
+      for (int64_t p = p0; p < p1; ++p) put_out(s, p, from, rows, product(p), x_part(p));
+    }
+
+    // Of c as `activate` has left it: the second vector of each row of products.
+    template <class Number>
+    void normalize_cell_state(int64_t from, int64_t rows, Number number) const {
+      auto c = [&](int64_t p, int64_t i) { return products + ((p - p0) * rows + i) * P::kWidth + kLanes; };
+      for (int64_t p = p0; p < p1; ++p)
+        for (int64_t i = 0; i < rows; ++i) {
+          const Vec values[1] = {load(c(p, i))};
+          f.parts_c_.measure(from + i, 0, p * kLanes, values);
+        }
+      wait();
+      for (int64_t i = 0; i < rows; ++i) {
+        const RowParts::Scale scale = f.parts_c_.scale(from + i, 0, 1);
+        save_deviation(number(i), NormSaved<cell>::kStateDeviation, scale.rstd);
+        for (int64_t p = p0; p < p1; ++p) {
+          const int64_t unit = p * kLanes, count = problem.hidden_size - unit;
+          const Vec normal = (load(c(p, i)) - scale.mean) * scale.rstd;
+          save_normal(number(i), unit, NormSaved<cell>::kState, normal);
+          store(c(p, i), normal * load(args.norm_c.weight + unit, count) + load(args.norm_c.bias + unit, count));
+        }
+      }
+    }
+
     // n needs all of r * h, so that the threads meet in the middle of the step.
     void recur_reset_before(int64_t s, int64_t from, int64_t to, int64_t base) const {
-      constexpr int kPair = P::kVectors;  // vectors of units in a panel
-      const int64_t size = problem.hidden_size;
-      const RowTiles first(larger(0, to - from), max_rows<2 * kPair>()), second(larger(0, to - from), max_rows<kPair>());
+      const int64_t size = problem.hidden_size, rows = larger(0, to - from);
       auto x_part = [&](int64_t p, int64_t row, int gate) {
         return gates_x + ((p - p0) * chunk_rows + base + row) * P::kWidth + gate * P::kUnits;
       };
       auto reset_h_at = [&](int64_t i) { return reinterpret_cast<Word*>(f.reset_h_.data()) + i * f.operand_stride_; };
 
-      for (int64_t p = p0; p < p1; ++p)
-        for (int64_t tile = 0; tile < first.count; ++tile) {
-          const int64_t begin_row = first.begin(tile), rows = first.begin(tile + 1) - begin_row;
-          alignas(64) float product[max_rows<2 * kPair>() * 2 * P::kUnits];
-          multiply_panel<2 * kPair>(rows, operand_at(s, from + begin_row), panel_at(p), product);
-          for (int64_t row = 0; row < rows; ++row)
-            for (int vector = 0; vector < kPair; ++vector) {
-              const int64_t i = from + begin_row + row, unit = p * P::kUnits + vector * kLanes;
-              if (unit >= size) break;
-              auto gate = [&](int g) __attribute__((always_inline)) {
-                return sigmoid(load(product + (row * 2 + g) * P::kUnits + vector * kLanes) +
-                               load(x_part(p, begin_row + row, g) + vector * kLanes));
-              };
-              const Vec r = gate(0), z = gate(1);
-              store(c_at(i) + unit, z);
-              store(reinterpret_cast<Element*>(reset_h_at(i)) + unit,
-                    r * load(reinterpret_cast<const Element*>(operand_at(s, i)) + unit));
-              if (args.saved) {
-                store(saved_at(time(s), i, unit), r);
-                store(saved_at(time(s), i, unit) + kLanes, z);
-              }
-            }
+      gate_products<0, 2>(s, from, rows, operand_at(s, from), 0,
+                          [&](int64_t p, int vector, int64_t row, const float* product) __attribute__((always_inline)) {
+        const int64_t i = from + row, unit = p * P::kUnits + vector * kLanes;
+        auto gate = [&](int g) __attribute__((always_inline)) {
+          return sigmoid(load(product + g * P::kUnits) + load(x_part(p, row, g) + vector * kLanes));
+        };
+        const Vec r = gate(0), z = gate(1);
+        store(c_at(i) + unit, z);
+        store(reinterpret_cast<Element*>(reset_h_at(i)) + unit,
+              r * load(reinterpret_cast<const Element*>(operand_at(s, i)) + unit));
+        if (args.saved) {
+          store(saved_at(time(s), i, unit), r);
+          store(saved_at(time(s), i, unit) + kLanes, z);
         }
+      });
       wait();
+      gate_products<2, 1>(s, from, rows, reset_h_at(from), words(size) * 2 * P::kUnits,
+                          [&](int64_t p, int vector, int64_t row, const float* product) __attribute__((always_inline)) {
+        const int64_t i = from + row, unit = p * P::kUnits + vector * kLanes;
+        const Vec n = tanh(load(product) + load(x_part(p, row, 2) + vector * kLanes));
+        if (args.saved) store(saved_at(time(s), i, unit) + 2 * kLanes, n);
+        put_h(s, i, unit, gru_output(load(c_at(i) + unit), n, load(h_at(s, i) + unit)));
+      });
+    }
+
+    // a times the panels of gates [kFirst, kFirst + kCount), which begin at `offset` within a panel, normalised where that is
+    // asked for; then pointwise(panel, vector, row, gates) for each vector of units.
+    template <int kFirst, int kCount, class Pointwise>
+    void gate_products(int64_t s, int64_t from, int64_t rows, const Word* a, int64_t offset, Pointwise pointwise) const {
+      constexpr int NV = kCount * P::kVectors;
+      auto finish_rows = [&](int64_t p, int64_t row, int64_t count, const float* product) {
+        for (int64_t i = 0; i < count; ++i)
+          for (int vector = 0; vector < P::kVectors; ++vector)
+            if (p * P::kUnits + vector * kLanes < problem.hidden_size)
+              pointwise(p, vector, row + i, product + i * NV * kLanes + vector * kLanes);
+      };
+      const bool normalized = args.norm_hh.weight;
+      const RowTiles tiles(rows, max_rows<NV>());
       for (int64_t p = p0; p < p1; ++p)
-        for (int64_t tile = 0; tile < second.count; ++tile) {
-          const int64_t begin_row = second.begin(tile), rows = second.begin(tile + 1) - begin_row;
-          alignas(64) float product[max_rows<kPair>() * P::kUnits];
-          multiply_panel<kPair>(rows, reset_h_at(from + begin_row),
-                                panel_at(p) + words(size) * 2 * P::kUnits, product);
-          for (int64_t row = 0; row < rows; ++row)
-            for (int vector = 0; vector < kPair; ++vector) {
-              const int64_t i = from + begin_row + row, unit = p * P::kUnits + vector * kLanes;
-              if (unit >= size) break;
-              const Vec n = tanh(load(product + row * P::kUnits + vector * kLanes) +
-                                 load(x_part(p, begin_row + row, 2) + vector * kLanes));
-              if (args.saved) store(saved_at(time(s), i, unit) + 2 * kLanes, n);
-              put_h(s, i, unit, gru_output(load(c_at(i) + unit), n, load(h_at(s, i) + unit)));
-            }
+        for (int64_t i = 0; i < tiles.count; ++i) {
+          const int64_t row = tiles.begin(i), count = tiles.begin(i + 1) - row;
+          alignas(64) float tile[max_rows<NV>() * NV * kLanes];
+          float* product = normalized ? products + ((p - p0) * rows + row) * NV * kLanes : tile;
+          multiply_panel<NV>(count, a + row * f.operand_stride_, panel_at(p) + offset, product);
+          if (!normalized) finish_rows(p, row, count, product);
         }
+      if (!normalized) return;
+      measure<kFirst, kCount>(f.parts_hh_, from, products, rows, NV * kLanes, kFirst);
+      wait();
+      normalize<kFirst, kCount>(f.parts_hh_, from, args.norm_hh, products, rows, NV * kLanes, kFirst,
+                                [&](int64_t i) { return problem.row_base[time(s)] + from + i; },
+                                NormSaved<cell>::kHidden);
+      for (int64_t p = p0; p < p1; ++p) finish_rows(p, 0, rows, products + (p - p0) * rows * NV * kLanes);
     }
 
     const Word* panel_at(int64_t p) const { return weight_hh + p * words(problem.hidden_size) * P::kWidth; }
@@ -456,14 +612,23 @@ class Forward {
       return 1;
     }
 
+    void finish(int64_t s, int64_t p, int64_t from, int64_t rows, float* product, const float* x_part) const {
+      activate(s, p, from, rows, product, x_part);
+      put_out(s, p, from, rows, product, x_part);
+    }
+
+    static Vec pre_activation(const float* product, const float* x_part, int64_t row, int vector, int gate) {
+      const int64_t at = row * P::kWidth + (gate * P::kVectors + vector) * kLanes;
+      return load(product + at) + load(x_part + at);
+    }
+
     // The pointwise part of `rows` rows, in two loops: the chain of two activations, sigmoid then tanh, is twice as long as
     // the window in which the core overlaps rows. Rolled over rows: unrolled, GCC keeps the tile in memory within the
     // product.
-    void finish(int64_t s, int64_t p, int64_t from, int64_t rows, float* product, const float* x_part) const {
+    void activate(int64_t s, int64_t p, int64_t from, int64_t rows, float* product, const float* x_part) const {
       const int64_t t = time(s);
       auto pre = [&](int64_t row, int vector, int gate) __attribute__((always_inline)) {
-        const int64_t at = row * P::kWidth + (gate * P::kVectors + vector) * kLanes;
-        return load(product + at) + load(x_part + at);
+        return pre_activation(product, x_part, row, vector, gate);
       };
       if constexpr (kLstm) {
         for (int64_t row = 0; row < rows; ++row) {
@@ -500,6 +665,10 @@ class Forward {
           store(gates + kLanes, load(x_part + row * P::kWidth + 2 * kLanes) + r * h_n);
         }
       }
+    }
+
+    void put_out(int64_t s, int64_t p, int64_t from, int64_t rows, const float* product, const float* x_part) const {
+      const int64_t t = time(s);
       for (int64_t row = 0; row < rows; ++row) {
         const int64_t i = from + row;
         const float* gates = product + row * P::kWidth;
@@ -514,7 +683,7 @@ class Forward {
             if (args.saved) store(saved_at(t, i, unit) + 2 * kLanes, n);
             put_h(s, i, unit, gru_output(load(gates), n, load(h_at(s, i) + unit)));
           } else {
-            const Vec h = rnn_forward<cell>(pre(row, vector, 0));
+            const Vec h = rnn_forward<cell>(pre_activation(product, x_part, row, vector, 0));
             if (args.saved) store(saved_output(problem, args.saved, t, i) + unit, h);
             put_h(s, i, unit, h);
           }
@@ -543,7 +712,9 @@ class Forward {
   const int64_t h_stride_, operand_stride_, x_stride_, block_rows_, slot_panels_, slot_floats_;
   const Zoneout zoneout_;
   // c_ of the GRU with the reset before the product holds z, and reset_h_ holds r * h.
-  const Scratch h_, operand_, c_, reset_h_, scratch_;
+  const Scratch h_, operand_, c_, reset_h_;
+  const RowParts parts_hh_, parts_ih_, parts_c_;
+  const Scratch scratch_;
 };
 
 }  // namespace

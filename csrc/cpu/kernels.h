@@ -69,6 +69,10 @@ int64_t saved_size(Cell cell, int64_t rows, int64_t hidden_size, bool zoneout_ex
   return rows * ceil_div(hidden_size, kLanes) * per_unit * kLanes;
 }
 
+int64_t norm_saved_size(Cell cell, int64_t rows, int64_t hidden_size) {
+  return with_cell(cell, [&](auto tag) { return rows * NormSaved<tag.cell>::row_size(hidden_size); });
+}
+
 void forward(const Problem& problem, const ForwardArgs& args, int threads) {
   with_cell(problem.cell, [&](auto tag) { Forward<tag.cell>(problem, args, threads).run(); });
 }
@@ -149,7 +153,7 @@ double read_bandwidth(const float* data, int64_t size, int threads, double secon
   namespace fastrnn::cpu {                                                                                         \
   const Kernels& kernels_##name() {                                                                                \
     static const Kernels kernels = {#name,          kLanes,           packed_forward_size, pack_forward,           \
-                                    packed_backward_size, pack_backward, checksum_floats,   saved_size, forward,    \
+                                    packed_backward_size, pack_backward, checksum_floats,   saved_size, norm_saved_size, forward,    \
                                     backward,       step,             step_backward_any,   fma_ceiling,               \
                                     read_bandwidth};                                                               \
     return kernels;                                                                                                \

@@ -30,6 +30,15 @@ struct Problem {
   const float* recurrent_mask;  // [B, H] or null
 };
 
+// Of a layer norm; null where there is none.
+struct Norm {
+  const float *weight, *bias;
+};
+
+struct NormGradient {
+  float *weight, *bias;
+};
+
 // void: elements of the kernels' data type, float or bfloat16.
 struct ForwardArgs {
   const void* x;  // [T, B, I], or pre-activations [T, B, G*H] where weight_ih is null
@@ -46,6 +55,8 @@ struct ForwardArgs {
   float* c_n;    // [B, H], LSTM
   float* saved;  // [rows, panels, saved_count*lanes], or null in inference; the RNN's see saved_output
   float* c_all;  // like y, LSTM, or null
+  Norm norm_ih, norm_hh, norm_c;  // of W_ih x and W_hh h [G*H], and of c before its tanh [H]
+  float* norm_saved;              // [rows] of NormSaved, or null
 };
 
 struct BackwardArgs {
@@ -73,6 +84,9 @@ struct BackwardArgs {
   float* dbias_hh;    // [G*H] or null
   float* dh0;         // [B, H] or null
   float* dc0;         // [B, H] or null
+  Norm norm_ih, norm_hh, norm_c;
+  const float* norm_saved;
+  NormGradient dnorm_ih, dnorm_hh, dnorm_c;  // null where not wanted
 };
 
 // One step straight from torch's weight layout, for calls too short to pay for packing. All [rows, columns] matrices
@@ -130,6 +144,7 @@ struct Kernels {
   uint64_t (*checksum)(const float* data, int64_t size, int threads);
 
   int64_t (*saved_size)(Cell, int64_t rows, int64_t hidden_size, bool zoneout_expected);
+  int64_t (*norm_saved_size)(Cell, int64_t rows, int64_t hidden_size);
   void (*forward)(const Problem&, const ForwardArgs&, int threads);
   void (*backward)(const Problem&, const BackwardArgs&, int threads);
   // Null for bfloat16, whose single steps take the way of the sequences.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,7 +22,16 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Options of a call that the kernels have.
 KERNEL_OPTIONS = frozenset(
-    {"lengths", "resets", "zoneout", "recurrent_mask", "return_cell_states", "reset_after=False"}
+    {
+        "lengths",
+        "resets",
+        "zoneout",
+        "recurrent_mask",
+        "layer_norm",
+        "layer_norm_c",
+        "return_cell_states",
+        "reset_after=False",
+    }
 )
 
 # Panels of weights, kept as long as the weight lives: (cell, hidden) -> PackedWeight.
@@ -173,6 +183,7 @@ def _pack(
 def is_step(
     cell: str,
     x: Tensor,
+    norms: Sequence[Tensor | None],
     lengths: Tensor | None,
     batch_sizes: Tensor | None,
     recurrent_mask: Tensor | None,
@@ -180,8 +191,12 @@ def is_step(
 ) -> bool:
     """Whether the kernels for a single step, which read torch's weight layout, can compute the call."""
     plain = lengths is None and batch_sizes is None and recurrent_mask is None and zoneout == 0
-    plain = plain and cell != "gru_reset_before" and x.dtype is torch.float32
+    plain = plain and cell != "gru_reset_before" and x.dtype is torch.float32 and _are_none(norms)
     return plain and x.shape[0] == 1
+
+
+def _are_none(norms: Sequence[Tensor | None]) -> bool:
+    return all(parameter is None for parameter in norms)
 
 
 def _reset_state(state: Tensor | None, resets: Tensor | None) -> Tensor | None:
@@ -228,6 +243,7 @@ def forward(
     bias_hh: Tensor | None,
     h0: Tensor | None,
     c0: Tensor | None,
+    norms: Sequence[Tensor | None],
     lengths: Tensor | None,
     batch_sizes: Tensor | None,
     resets: Tensor | None,
@@ -244,8 +260,9 @@ def forward(
     whatever the dtype of x, which may differ from that of the weights.
     """
     if not _has_kernels(x.dtype):
-        tensors = (x, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, lengths, batch_sizes, resets, recurrent_mask)
-        arguments = [cell, *_widened(tensors), zoneout, zoneout_seed, reverse, save, cell_states]
+        inputs = _widened((x, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0))
+        ends = _widened((lengths, batch_sizes, resets, recurrent_mask))
+        arguments = [cell, *inputs, norms, *ends, zoneout, zoneout_seed, reverse, save, cell_states]
         y, h_n, c_n, saved, c_all = forward(*arguments)
         return y.to(x.dtype), h_n.to(x.dtype), c_n.to(x.dtype), saved, c_all
     library: Any = native.load()
@@ -259,7 +276,9 @@ def forward(
     y = new_like_rows(x, hidden)
     h_n = x.new_empty(batch, hidden, dtype=torch.float32)
     c_n = x.new_empty((batch, hidden) if lstm else 0, dtype=torch.float32)
-    saved = workspace(x, (library.saved_size(CELL_INDEX[cell], rows, hidden, expected) if save else 0,))
+    norms = [_state(parameter) for parameter in norms]
+    sizes = library.saved_sizes(CELL_INDEX[cell], rows, hidden, expected, not _are_none(norms))
+    saved = workspace(x, (sum(sizes) if save else 0,))
     if lstm and cell_states:
         c_all = new_like_rows(x, hidden, torch.float32)
     else:
@@ -272,7 +291,7 @@ def forward(
     bias_ih, bias_hh, h0, c0, recurrent_mask = map(_state, (bias_ih, bias_hh, h0, c0, recurrent_mask))
     threads = torch.get_num_threads()
 
-    if is_step(cell, x, lengths, batch_sizes, recurrent_mask, zoneout):
+    if is_step(cell, x, norms, lengths, batch_sizes, recurrent_mask, zoneout):
         h0, c0 = _reset_state(h0, resets), _reset_state(c0, resets)
         launch_step(cell, x, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, h_n, c_n, saved)
         y.copy_(h_n[None])
@@ -291,8 +310,10 @@ def forward(
         _time_strides(y),
         h_n.data_ptr(),
         _address(c_n) if lstm else 0,
-        _address(saved) if saved.numel() else 0,
+        _address(saved) if save and sizes[0] else 0,
         _address(c_all) if c_all.numel() else 0,
+        [*map(_address, norms)],
+        saved.data_ptr() + 4 * sizes[0] if save and sizes[1] else 0,
         threads,
     )
     return y, h_n.to(x.dtype), c_n.to(x.dtype), saved, c_all
@@ -309,6 +330,7 @@ def backward(
     weight_hh: Tensor,
     h0: Tensor | None,
     c0: Tensor | None,
+    norms: Sequence[Tensor | None],
     lengths: Tensor | None,
     batch_sizes: Tensor | None,
     resets: Tensor | None,
@@ -321,27 +343,14 @@ def backward(
     c_all: Tensor,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
-    """Gradients of x, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0; empty where `needs` is False.
+    """Gradients of RecurrenceCall.inputs; empty where `needs` is False.
 
     Those of weights and biases have the dtype of weight_hh, the others that of x.
     """
     if not _has_kernels(x.dtype):
-        tensors = (
-            dy,
-            dh_n,
-            dc_n,
-            dc_all,
-            x,
-            weight_ih,
-            weight_hh,
-            h0,
-            c0,
-            lengths,
-            batch_sizes,
-            resets,
-            recurrent_mask,
-        )
-        arguments = [cell, *_widened(tensors), zoneout, zoneout_seed, reverse, y.float(), saved, c_all, needs]
+        inputs = _widened((dy, dh_n, dc_n, dc_all, x, weight_ih, weight_hh, h0, c0))
+        ends = _widened((lengths, batch_sizes, resets, recurrent_mask))
+        arguments = [cell, *inputs, norms, *ends, zoneout, zoneout_seed, reverse, y.float(), saved, c_all, needs]
         return _narrowed(backward(*arguments), x.dtype, weight_hh.dtype)
     library: Any = native.load()
     hidden = weight_hh.shape[1]
@@ -349,6 +358,7 @@ def backward(
     lstm = cell == "lstm"
     x = _with_unit_stride(x)
     batch = _batch(x, batch_sizes)
+    norms = [_state(parameter) for parameter in norms]
     gradients = _new_gradients(x, weight_hh, batch, needs, torch.float32, torch.float32)
     if batch == 0:
         zeros = tuple(x.new_empty(0) if gradient is None else gradient.zero_() for gradient in gradients)
@@ -359,7 +369,7 @@ def backward(
     dx, dh0, dc0 = gradients[0], gradients[5], gradients[6]
     threads = torch.get_num_threads()
 
-    if is_step(cell, x, lengths, batch_sizes, recurrent_mask, zoneout):
+    if is_step(cell, x, norms, lengths, batch_sizes, recurrent_mask, zoneout):
         dh, dc = _of_one_step(dy, dh_n), _of_one_step(dc_all, dc_n)
         h0, c0 = _reset_state(h0, resets), _reset_state(c0, resets)
         weights = (None if weight_ih is None else weight_ih.contiguous(), weight_hh.contiguous())
@@ -376,7 +386,7 @@ def backward(
             y.data_ptr(),
             _address(c_all) if lstm else 0,
             saved.data_ptr(),
-            *map(_address, gradients),
+            *map(_address, gradients[:7]),
             threads,
         )
         for gradient in (dh0, dc0):
@@ -385,6 +395,8 @@ def backward(
     else:
         project = weight_ih is not None and dx is not None
         reuse = x.shape[0] == 1
+        expected = zoneout > 0 and zoneout_seed is None
+        sizes = library.saved_sizes(CELL_INDEX[cell], math.prod(x.shape[:-1]), hidden, expected, not _are_none(norms))
         options = (lengths, batch_sizes, resets, recurrent_mask, zoneout, zoneout_seed, reverse)
         library.backward(
             _layout(cell, x, hidden, *options),
@@ -402,11 +414,14 @@ def backward(
             _address(c0) if lstm else 0,
             y.data_ptr(),
             _time_strides(y),
-            _address(saved) if saved.numel() else 0,
+            _address(saved) if sizes[0] else 0,
             _address(c_all) if lstm else 0,
             _address(dx),
             (0, 0) if dx is None else _time_strides(dx),
-            *map(_address, gradients[1:]),
+            *map(_address, gradients[1:7]),
+            [*map(_address, norms)],
+            saved.data_ptr() + 4 * sizes[0] if sizes[1] else 0,
+            [*map(_address, gradients[7:])],
             threads,
         )
     found = tuple(x.new_empty(0) if gradient is None else gradient for gradient in gradients)
@@ -414,10 +429,10 @@ def backward(
 
 
 def _narrowed(gradients: tuple[Tensor, ...], data: torch.dtype, weight: torch.dtype) -> tuple[Tensor, ...]:
-    """Gradients of x, four weights and biases, h0 and c0 in the dtypes of x and of the weights."""
+    """Gradients of RecurrenceCall.inputs in the dtypes of x (for x, h0, c0) and of the weights."""
     if data is torch.float32 and weight is torch.float32:
         return gradients
-    return tuple(gradient.to(weight if 1 <= index <= 4 else data) for index, gradient in enumerate(gradients))
+    return tuple(gradient.to(data if index in (0, 5, 6) else weight) for index, gradient in enumerate(gradients))
 
 
 def _of_one_step(sequence: Tensor | None, final: Tensor | None) -> Tensor | None:
@@ -430,11 +445,12 @@ def _of_one_step(sequence: Tensor | None, final: Tensor | None) -> Tensor | None
 def _new_gradients(
     x: Tensor, weight_hh: Tensor, batch: int, needs: list[bool], weight: torch.dtype, state: torch.dtype
 ) -> list[Tensor | None]:
-    """Empty gradients of x, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0; None where `needs` is False."""
+    """Empty gradients of RecurrenceCall.inputs; None where `needs` is False."""
     rows, hidden = weight_hh.shape
     inputs = x.shape[-1]
-    shapes = [(rows, inputs), (rows, hidden), (rows,), (rows,), (batch, hidden), (batch, hidden)]
-    dtypes = [weight] * 4 + [state] * 2
+    shapes: list[tuple[int, ...]] = [(rows, inputs), (rows, hidden), (rows,), (rows,), (batch, hidden), (batch, hidden)]
+    shapes += [(rows,)] * 4 + [(hidden,)] * 2
+    dtypes = [weight] * 4 + [state] * 2 + [weight] * 6
     rest = [
         x.new_empty(shape, dtype=dtype) if need else None
         for shape, dtype, need in zip(shapes, dtypes, needs[1:], strict=True)
@@ -451,6 +467,7 @@ def fake_forward(
     bias_hh: Tensor | None,
     h0: Tensor | None,
     c0: Tensor | None,
+    norms: Sequence[Tensor | None],
     lengths: Tensor | None,
     batch_sizes: Tensor | None,
     resets: Tensor | None,
@@ -462,7 +479,6 @@ def fake_forward(
     cell_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Shapes, strides and dtypes of `forward`, for tracing."""
-    lanes = native.load().lanes()  # type: ignore[union-attr]
     lstm = cell == "lstm"
     hidden = weight_hh.shape[1]
     x = _with_unit_stride(x)
@@ -472,13 +488,14 @@ def fake_forward(
     else:
         batch = torch.library.get_ctx().new_dynamic_size() if h0 is None else h0.shape[0]
         rows = x.shape[0]
-    kept_per_unit = {"lstm": 4, "gru": 4, "gru_reset_before": 3}.get(cell, int(zoneout > 0 and zoneout_seed is None))
+    expected = zoneout > 0 and zoneout_seed is None
+    sizes = native.load().saved_sizes(CELL_INDEX[cell], 1, hidden, expected, not _are_none(norms))  # type: ignore[union-attr]
     y = new_like_rows(x, hidden)
     return (
         y,
         x.new_empty(batch, hidden),
         x.new_empty((batch, hidden) if lstm else 0),
-        x.new_empty(rows * (-(-hidden // lanes)) * kept_per_unit * lanes if save else 0, dtype=torch.float32),
+        x.new_empty(rows * sum(sizes) if save else 0, dtype=torch.float32),
         new_like_rows(x, hidden, torch.float32)
         if lstm and (save or cell_states)
         else x.new_empty(0, dtype=torch.float32),
@@ -496,6 +513,7 @@ def fake_backward(
     weight_hh: Tensor,
     h0: Tensor | None,
     c0: Tensor | None,
+    norms: Sequence[Tensor | None],
     lengths: Tensor | None,
     batch_sizes: Tensor | None,
     resets: Tensor | None,

@@ -322,8 +322,9 @@ def run_on(call: RecurrenceCall, picked: str) -> tuple[Tensor, Tensor, Tensor | 
         return reference.run(call)
     lengths = None if call.lengths is None else call.lengths.to("cpu", torch.int64).contiguous()
     batch_sizes = None if call.batch_sizes is None else call.batch_sizes.contiguous()
-    x, h0, c0 = _autocast(call.x, call.h0, call.c0)
-    inputs = (x, call.weight_ih, call.weight_hh, call.bias_ih, call.bias_hh, h0, c0)
+    inputs = call.inputs()
+    if torch.is_autocast_enabled("cpu"):
+        inputs = _autocast(inputs)
     options = (
         lengths,
         batch_sizes,
@@ -337,22 +338,22 @@ def run_on(call: RecurrenceCall, picked: str) -> tuple[Tensor, Tensor, Tensor | 
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs):
         y, h_n, c_n, c_all = _Recurrence.apply(cell, call.return_cell_states, *inputs, *options)
     else:
-        y, h_n, c_n, _, c_all = _forward(cell, *inputs, *options, False, call.return_cell_states)
+        y, h_n, c_n, _, c_all = _forward(cell, *inputs[:7], inputs[7:], *options, False, call.return_cell_states)
     lstm = call.cell == "lstm"
-    cell_states = c_all.to(x.dtype) if lstm and call.return_cell_states else None
-    if call.cell == "gru" and x is not call.x:
+    cell_states = c_all.to(y.dtype) if lstm and call.return_cell_states else None
+    if call.cell == "gru" and y.dtype != call.x.dtype:
         # Under autocast torch.nn's GRU gives out the dtype of its state, its RNN and LSTM that of the products.
         state = call.x if call.h0 is None else call.h0
         y, h_n = y.to(state.dtype), h_n.to(state.dtype)
     return y, h_n, c_n if lstm else None, cell_states
 
 
-def _autocast(x: Tensor, *states: Tensor | None) -> tuple[Any, ...]:
-    """The data of a call in autocast's dtype. The weights stay as they are: the kernels round them when packing."""
-    if not torch.is_autocast_enabled("cpu"):
-        return x, *states
+def _autocast(inputs: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """x, h0 and c0 in autocast's dtype. The weights stay as they are: the kernels round them when packing."""
+    x, *weights, h0, c0 = inputs[:7]
     dtype = torch.get_autocast_dtype("cpu")
-    return tuple(None if tensor is None else tensor.to(dtype) for tensor in (x, *states))
+    x, h0, c0 = (None if tensor is None else tensor.to(dtype) for tensor in (x, h0, c0))
+    return (x, *weights, h0, c0, *inputs[7:])
 
 
 def _use_registered_op() -> bool:
@@ -368,14 +369,18 @@ def _backward(*args: Any) -> tuple[Tensor, ...]:
     return torch.ops.fastrnn.recurrence_backward(*args) if _use_registered_op() else cpu.backward(*args)
 
 
+_INPUT_COUNT = 13  # of RecurrenceCall.inputs
+
+
 class _Recurrence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, cell: str, cell_states: bool, *arguments: Any) -> tuple[Tensor | None, ...]:
-        y, h_n, c_n, saved, c_all = _forward(cell, *arguments, True, cell_states)
-        ctx.cell, ctx.scalars = cell, arguments[11:]
+        inputs, options = arguments[:_INPUT_COUNT], arguments[_INPUT_COUNT:]
+        y, h_n, c_n, saved, c_all = _forward(cell, *inputs[:7], inputs[7:], *options, True, cell_states)
+        ctx.cell, ctx.scalars = cell, options[4:]
         # A copy of y, so that the caller may work on y in place as with torch.nn (0.2 % of a training step).
         kept = y.clone() if _use_registered_op() else cpu.workspace(y, y.shape, y.stride(), y.dtype).copy_(y)
-        ctx.save_for_backward(*arguments[:11], kept, saved, c_all)
+        ctx.save_for_backward(*inputs, *options[:4], kept, saved, c_all)
         ctx.set_materialize_grads(False)
         if cell != "lstm":
             ctx.mark_non_differentiable(c_n)
@@ -384,15 +389,16 @@ class _Recurrence(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         *tensors, y, saved, c_all = ctx.saved_tensors
-        needs = ctx.needs_input_grad[2:9]
+        needs = ctx.needs_input_grad[2 : 2 + _INPUT_COUNT]
         if ctx.cell != "lstm":
             gradients = (*gradients[:2], None, None)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             found = _differentiable_gradients(ctx.cell, tensors, ctx.scalars, gradients, needs)
         else:
-            x, weight_ih, weight_hh, _, _, h0, c0, *options = tensors
+            x, weight_ih, weight_hh, _, _, h0, c0 = tensors[:7]
+            norms, options = tensors[7:_INPUT_COUNT], tensors[_INPUT_COUNT:]
             kept = (y, saved, c_all, list(needs))
-            inputs = (x, weight_ih, weight_hh, h0, c0)
+            inputs = (x, weight_ih, weight_hh, h0, c0, norms)
             all_found = _backward(ctx.cell, *gradients, *inputs, *options, *ctx.scalars, *kept)
             found = [gradient if need else None for gradient, need in zip(all_found, needs, strict=True)]
         return None, None, *found, *[None] * 7
@@ -413,7 +419,10 @@ def _differentiable_gradients(
         same = tuple(None if tensor is None else tensor.to(dtype) for tensor in inputs)
         call = RecurrenceCall(
             cell.removesuffix("_reset_before"),
-            *cast("tuple[Any, Any, Any, Any, Any, Any, Any]", same),
+            *cast("tuple[Any, Any, Any, Any, Any, Any, Any]", same[:7]),
+            layer_norm_ih=_norm(same[7:9]),
+            layer_norm_hh=_norm(same[9:11]),
+            layer_norm_c=_norm(same[11:]),
             reset_after=not cell.endswith("_reset_before"),
             lengths=lengths,
             batch_sizes=batch_sizes,
@@ -434,9 +443,15 @@ def _differentiable_gradients(
     return [next(found) if need else None for need in needs]
 
 
+def _norm(parameters: tuple[Tensor | None, ...]) -> Norm | None:
+    weight, bias = parameters
+    return None if weight is None or bias is None else (weight, bias)
+
+
 _INPUTS = (
-    "Tensor x, Tensor? weight_ih, Tensor weight_hh, {}Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? batch_sizes, "
-    "Tensor? resets, Tensor? recurrent_mask, float zoneout, SymInt? zoneout_seed, bool reverse, "
+    "Tensor x, Tensor? weight_ih, Tensor weight_hh, {}Tensor? h0, Tensor? c0, Tensor?[] norms, "
+    "Tensor? lengths, Tensor? batch_sizes, Tensor? resets, Tensor? recurrent_mask, "
+    "float zoneout, SymInt? zoneout_seed, bool reverse, "
 )
 torch.library.define(
     "fastrnn::recurrence_forward",
@@ -448,7 +463,9 @@ torch.library.define(
     "fastrnn::recurrence_backward",
     "(str cell, Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dc_all, "
     + _INPUTS.format("")
-    + "Tensor y, Tensor saved, Tensor c_all, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    + "Tensor y, Tensor saved, Tensor c_all, bool[] needs) -> ("
+    + ", ".join(["Tensor"] * _INPUT_COUNT)
+    + ")",
 )
 torch.library.impl("fastrnn::recurrence_forward", "CPU", cpu.forward)
 torch.library.impl("fastrnn::recurrence_backward", "CPU", cpu.backward)

@@ -105,8 +105,9 @@ class Case:
             bound = 1 / math.sqrt(max(1, self.hidden))
             return lay_out(((2 * torch.rand(shape, generator=generator) - 1) * bound).to(self.dtype))
 
+        # Random weights under layer norms with gains of 1 make a chaotic map, whose errors are a matter of luck.
         def norm(size: int) -> tuple[Tensor, Tensor]:
-            return normal(size, scale=0.1, mean=1.0), normal(size, scale=0.1)
+            return normal(size, scale=0.1, mean=0.4), normal(size, scale=0.1)
 
         longest = self.steps if self.longest is None else self.longest
         # Not by the seed: packed results of several draws must have one shape.
@@ -219,8 +220,10 @@ def using_isa(name: str) -> Iterator[None]:
 def assert_kernels_as_accurate(case: Case, isas: Sequence[str] = ISAS) -> None:
     """Every output and gradient of the kernels, on every instruction set, is within the bound of tests/accuracy.py."""
     draws = []
-    # The largest error of few numbers is a matter of luck, so that small shapes are drawn several times.
-    for seed in range(max(1, min(16, 5000 // max(1, case.steps * case.batch * min(case.inputs, case.hidden))))):
+    # The largest error of few numbers is a matter of luck, so that small shapes are drawn several times; so is that of
+    # rows that a layer norm with a small deviation magnifies.
+    fewest = 4 if {"layer_norm", "layer_norm_c"} & set(case.options) else 1
+    for seed in range(max(fewest, min(16, 5000 // max(1, case.steps * case.batch * min(case.inputs, case.hidden))))):
         call, gradients = case.draw(seed)
         doubled = {name: gradient.double() for name, gradient in gradients.items()}
         exact = run(converted(call, torch.float64), "reference", doubled, case.needs)

@@ -163,13 +163,19 @@ def cases(draw: st.DrawFn) -> Case:
     available = [option for option in kernel_options(cell) if not (packed and option == "lengths")]
     names = ["x", "weight_ih", "weight_hh", "bias_ih", "bias_hh", "h0", "c0"]
     steps = draw(small | st.sampled_from([1, 12]))
+    options = tuple(option for option in available if draw(st.booleans()))
+    hidden, layouts = draw(small | odd), list(LAYOUTS)
+    if {"layer_norm", "layer_norm_c"} & set(options):
+        # Equal numbers have no deviation, and the norm of two is their signs: both results are rounding error alone.
+        hidden = max(hidden, 5)
+        layouts.remove("expanded")
     return Case(
         cell,
         steps,
         draw(small | odd),
         draw(small | odd),
-        draw(small | odd),
-        tuple(option for option in available if draw(st.booleans())),
+        hidden,
+        options,
         biases=draw(st.sampled_from([("bias_ih", "bias_hh"), ("bias_ih",), ("bias_hh",), ()])),
         states=draw(st.sampled_from([("h0", "c0"), ("h0",), ("c0",), ()])),
         project=draw(st.booleans()),
@@ -177,7 +183,7 @@ def cases(draw: st.DrawFn) -> Case:
         reverse=draw(st.booleans()),
         longest=None if packed else draw(st.integers(0, steps)),
         zoneout_seed=draw(st.none() | st.integers(0, 2**63 - 1)),
-        layout=draw(st.sampled_from(list(LAYOUTS))),
+        layout=draw(st.sampled_from(layouts)),
         outputs=draw(st.sampled_from([OUTPUTS, ("y",), ("h_n", "c_n"), ("y", "c_n"), ("y", "c_all")])),
         needs=draw(st.none() | st.sets(st.sampled_from(names), min_size=1).map(lambda some: tuple(sorted(some)))),
         dtype=dtype,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastrnn.ops import recurrent_layer
@@ -55,8 +56,7 @@ def test_opcheck(cell: str, arguments: dict[str, Any]) -> None:
                 "fastrnn::recurrence_backward",
             ]
             for function, args in recorder.calls:
-                detached = [arg.detach() if isinstance(arg, Tensor) else arg for arg in args]
-                torch.library.opcheck(function, detached)
+                torch.library.opcheck(function, pytree.tree_map_only(Tensor, Tensor.detach, list(args)))
 
 
 def test_dispatch_modes_see_the_operators_and_get_the_same_numbers() -> None:
