@@ -12,7 +12,7 @@ import torch
 from fastrnn.backends import aten, cpu, reference
 from fastrnn.backends.call import Norm, RecurrenceCall
 
-__all__ = ["NAMES", "Choice", "Norm", "RecurrenceCall", "choose", "recorded_choices", "recording"]
+__all__ = ["NAMES", "Choice", "Norm", "RecurrenceCall", "choose", "recorded_choices", "recording", "transforming"]
 
 _MODULES: dict[str, ModuleType] = {"cpu": cpu, "aten": aten, "reference": reference}
 
@@ -59,11 +59,19 @@ def recorded_choices() -> Iterator[list[Choice]]:
         _records = outer
 
 
+def transforming() -> bool:
+    """Whether a torch.func transform is active, whose tensors may stand for many, so that their values are hidden."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+# torch.compiler.assume_constant_result without the second that importing TorchDynamo takes. TorchDynamo has the traced
+# transforms on this very stack, and a guard on it.
+transforming._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _transform_reasons(call: RecurrenceCall) -> list[str]:
     """What hides the tensors' memory from a kernel, or asks for derivatives that it does not have."""
-    if torch.compiler.is_compiling():
-        return []
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if transforming():
         return ["a torch.func transform is active; only the reference can be transformed"]
     if torch.autograd.forward_ad._current_level >= 0:
         return ["forward-mode differentiation is active; only the reference has it"]

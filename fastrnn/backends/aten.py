@@ -13,6 +13,9 @@ def reasons_against(call: RecurrenceCall) -> list[str]:
         reasons.append("torch's operator takes x and weight_ih, not gates_x")
     if (call.bias_ih is None) != (call.bias_hh is None):
         reasons.append("torch's operator takes both biases or none")
+    traced = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    if traced and call.cell == "lstm" and torch.is_grad_enabled() and call.x.dtype in (torch.float32, torch.bfloat16):
+        reasons.append("torch.compile takes oneDNN's LSTM for torch's operator, whose gradients it cannot compile")
     return reasons
 
 

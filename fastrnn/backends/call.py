@@ -29,7 +29,7 @@ class RecurrenceCall:
     batch_sizes: Tensor | None = None  # [T] int64 on the CPU
     resets: Tensor | None = None  # [T, B] bool
     zoneout: float = 0.0
-    zoneout_seed: int | None = None  # None: the expectation
+    zoneout_seed: int | Tensor | None = None  # None: the expectation; a tensor under torch.func transforms only
     recurrent_mask: Tensor | None = None  # [B, P]
     layer_norm_ih: Norm | None = None  # [G*H]
     layer_norm_hh: Norm | None = None  # [G*H]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastrnn import backends
 from fastrnn.backends import Norm
@@ -72,8 +73,12 @@ class WithOptions(torch.nn.Module):
         norms = [(getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias")) for name in names]
         return [*norms, None, None, None][:3]
 
-    def _zoneout_seed(self) -> int | None:
-        return int(torch.randint(2**63 - 1, ())) if self.training and self.zoneout > 0 else None
+    def _zoneout_seed(self) -> int | Tensor | None:
+        if not self.training or self.zoneout == 0:
+            return None
+        seed = torch.randint(2**63 - 1, ())
+        # torch.vmap draws a seed for each model or sample, which only a tensor can hold.
+        return seed if backends.transforming() else int(seed)
 
     def reset_parameters(self) -> None:
         super().reset_parameters()  # type: ignore[misc]

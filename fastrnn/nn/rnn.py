@@ -66,7 +66,7 @@ class Layers(WithOptions, torch.nn.RNNBase):
         unbatched = not packed and x.dim() == 2
         batch_first = self.batch_first and not packed and not unbatched
         x = x.unsqueeze(1) if unbatched else x.transpose(0, 1) if batch_first else x
-        if len(x) == 0:
+        if x.shape[0] == 0:  # len(x) would make the number of steps a constant of an exported program.
             raise ValueError(f"input must have at least one time step, got shape {tuple(input.shape)}")
         if isinstance(lengths, Tensor) and unbatched:
             lengths = lengths.reshape(1)

@@ -241,7 +241,7 @@ def _check_options(call: RecurrenceCall, batch: int) -> None:
                 f"lengths must be int64 or int32 of shape {(batch,)}, got {lengths.dtype} {tuple(lengths.shape)}"
             )
         # Values are looked at on the CPU only: on a GPU that would stop the host, so the kernels clamp them there.
-        if lengths.device.type == "cpu" and batch and not _use_registered_op():
+        if lengths.device.type == "cpu" and batch and not _use_registered_op() and not backends.transforming():
             low, high = (int(bound) for bound in lengths.aminmax())
             if low < 0 or high > call.x.shape[0]:
                 raise ValueError(f"lengths must lie in 0..{call.x.shape[0]}, got values in {low}..{high}")

@@ -51,13 +51,13 @@ def _mix32(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-def zoneout_mask(probability: float, seed: int, stream: int, t: int, batch: int, hidden: int) -> Tensor:
+def zoneout_mask(probability: float, seed: int | Tensor, stream: int, t: int, batch: int, hidden: int) -> Tensor:
     """Which units keep their previous state at step t: bool [batch, hidden], True with the given probability.
 
     A counter-based generator: the bit of (seed, stream, t, b, unit) depends on nothing else, so that forward and
     backward, and every back end, draw the same mask without keeping it. Stream 0 is for h, stream 1 for c.
     """
-    word = torch.tensor(seed & 0xFFFFFFFF)
+    word = torch.as_tensor(seed & 0xFFFFFFFF)
     for value in (seed >> 32, stream, t):
         word = _mix32(word ^ (value & 0xFFFFFFFF))
     row = _mix32(word ^ torch.arange(batch))
@@ -129,7 +129,7 @@ def recurrence(
     lengths: Tensor | None = None,  # [B]
     resets: Tensor | None = None,  # [T, B] bool
     zoneout: float = 0.0,
-    zoneout_seed: int | None = None,
+    zoneout_seed: int | Tensor | None = None,
     recurrent_mask: Tensor | None = None,  # [B, P]
     layer_norm_hh: tuple[Tensor, Tensor] | None = None,  # weight and bias [G*H]
     layer_norm_c: tuple[Tensor, Tensor] | None = None,  # weight and bias [H]
@@ -195,7 +195,9 @@ def recurrence(
     return y, h, c, all_c
 
 
-def _zone_out(new: Tensor, old: Tensor | None, probability: float, seed: int | None, stream: int, t: int) -> Tensor:
+def _zone_out(
+    new: Tensor, old: Tensor | None, probability: float, seed: int | Tensor | None, stream: int, t: int
+) -> Tensor:
     assert old is not None
     if seed is None:
         return probability * old + (1 - probability) * new

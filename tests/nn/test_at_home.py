@@ -3,12 +3,18 @@
 import copy
 import io
 import pickle
+import subprocess
+import sys
 import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize, prune
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastrnn
@@ -21,6 +27,44 @@ CELLS = [fastrnn.nn.RNNCell, fastrnn.nn.LSTMCell, fastrnn.nn.GRUCell]
 
 def first(result: Any) -> torch.Tensor:
     return result[0] if isinstance(result, tuple) else result
+
+
+def is_cell(cls: type[nn.Module]) -> bool:
+    return issubclass(cls, nn.RNNCellBase)
+
+
+def example(cls: type[nn.Module], steps: int = 5, batch: int = 2) -> torch.Tensor:
+    """Input of three features."""
+    return torch.randn(batch, 3) if is_cell(cls) else torch.randn(steps, batch, 3)
+
+
+def arguments(
+    cls: type[nn.Module], names: tuple[str, ...] = ("hx",), steps: int = 5, batch: int = 2
+) -> tuple[Tensor, dict[str, Any]]:
+    """Input, and the arguments that are named. A cell that is given no state makes no use of weight_hh."""
+    given: dict[str, Any] = {}
+    if "hx" in names:
+        h = torch.randn(batch, 4) if is_cell(cls) else torch.randn(1, batch, 4)
+        given["hx"] = (h, h.clone()) if issubclass(cls, (nn.LSTM, nn.LSTMCell)) else h
+    if "lengths" in names:
+        given |= {"lengths": torch.randint(0, steps + 1, (batch,)), "resets": torch.rand(steps, batch) < 0.3}
+    return example(cls, steps, batch), given
+
+
+def pair(cls: type[nn.Module]) -> tuple[nn.Module, nn.Module]:
+    """Ours and torch's of four units, of equal parameters."""
+    ours, theirs = cls(3, 4), getattr(nn, cls.__name__)(3, 4)
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs
+
+
+def assert_same_gradients(ours: nn.Module, theirs: nn.Module, x: torch.Tensor, given: dict[str, Any]) -> None:
+    """Outputs too. With gradients by backward(), as hooks and wrappers around a module need it."""
+    y, expected = first(ours(x, **given)), first(theirs(x, **given))
+    torch.testing.assert_close(y, expected)
+    ours.zero_grad(), theirs.zero_grad()
+    y.square().sum().backward(), expected.square().sum().backward()
+    torch.testing.assert_close([p.grad for p in ours.parameters()], [p.grad for p in theirs.parameters()])
 
 
 @pytest.mark.parametrize("cls", [*LAYERS, *CELLS])
@@ -40,14 +84,35 @@ def test_is_a_torch_module_with_its_parameters(cls: type[nn.Module]) -> None:
 
 @pytest.mark.parametrize("cls", [*LAYERS, *CELLS])
 def test_copies(cls: type[nn.Module]) -> None:
-    module, x = cls(3, 4), torch.randn(2, 3)
-    file = io.BytesIO()
-    torch.save(module, file)
-    file.seek(0)
-    copies = [copy.deepcopy(module), pickle.loads(pickle.dumps(module)), torch.load(file, weights_only=False)]
-    for other in copies:
-        assert type(other) is cls
+    module, x = cls(3, 4, layer_norm=True, zoneout=0.2).eval(), example(cls)
+    module(x)  # leaves nothing behind that could not be copied
+
+    def through_a_file(saved: Any, weights_only: bool) -> Any:
+        file = io.BytesIO()
+        torch.save(saved, file)
+        file.seek(0)
+        return torch.load(file, weights_only=weights_only)
+
+    fresh = cls(3, 4, layer_norm=True, zoneout=0.2).eval()
+    fresh.load_state_dict(through_a_file(module.state_dict(), weights_only=True))
+    copies = [copy.deepcopy(module), pickle.loads(pickle.dumps(module)), through_a_file(module, weights_only=False)]
+    for other in (fresh, *copies):
+        assert type(other) is cls and other.zoneout == 0.2
         assert torch.equal(first(other(x)), first(module(x)))
+
+
+@pytest.mark.parametrize("cls", [*LAYERS, *CELLS])
+def test_made_on_meta_and_filled(cls: type[nn.Module]) -> None:
+    source, x = cls(3, 4, layer_norm=True), example(cls)
+    expected = first(source(x))
+    for assign in (False, True):
+        with torch.device("meta"):
+            module = cls(3, 4, layer_norm=True)
+        assert all(parameter.is_meta for parameter in module.parameters())
+        if not assign:
+            module.to_empty(device="cpu")
+        module.load_state_dict(source.state_dict(), assign=assign)
+        assert torch.equal(first(module(x)), expected)
 
 
 @pytest.mark.parametrize("cls", LAYERS)
@@ -56,8 +121,8 @@ def test_weights_replaced_by_plain_tensors(cls: type[nn.Module]) -> None:
     layer, plain, x = cls(3, 4), getattr(nn, cls.__name__)(3, 4), torch.randn(5, 2, 3)
     plain.load_state_dict(layer.state_dict())
     raw = nn.Parameter(layer.weight_hh_l0.detach().clone())
-    del layer._parameters["weight_hh_l0"]
     for factor in (0.5, 2.0):
+        delattr(layer, "weight_hh_l0")
         layer.weight_hh_l0 = raw * factor
         with torch.no_grad():
             plain.weight_hh_l0.copy_(raw * factor)
@@ -115,13 +180,117 @@ def test_backward_in_evaluation_mode(cls: type[nn.Module]) -> None:
     assert x.grad is not None and x.grad.isfinite().all()
 
 
-def test_precision_and_device_changes() -> None:
-    layer, x = fastrnn.nn.LSTM(3, 4), torch.randn(5, 2, 3)
-    y = layer(x)[0]
-    torch.testing.assert_close(layer.double()(x.double())[0].float(), y)
-    torch.testing.assert_close(layer.to(torch.bfloat16)(x.bfloat16())[0].float(), y, rtol=0.05, atol=0.05)
-    assert layer.to("meta")(x.to("meta").bfloat16())[0].shape == y.shape
-    assert fastrnn.nn.GRU(3, 4, device="meta").weight_hh_l0.is_meta
+@pytest.mark.parametrize("cls", [*LAYERS, *CELLS])
+def test_precision_and_device_changes(cls: type[nn.Module]) -> None:
+    module, x = cls(3, 4), example(cls)
+    y = first(module(x))
+    torch.testing.assert_close(first(module.double()(x.double())).float(), y)
+    for convert in (nn.Module.half, nn.Module.bfloat16):
+        converted = convert(copy.deepcopy(module))
+        dtype = next(converted.parameters()).dtype
+        found = first(converted(x.to(dtype)))
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.float(), y, rtol=0.05, atol=0.05)
+        found.sum().backward()
+    module.to(torch.float32).to(memory_format=torch.contiguous_format)
+    torch.testing.assert_close(first(module(x)), y)
+    found = first(module.to("meta")(x.to("meta")))
+    assert found.is_meta and found.shape == y.shape
+    assert all(parameter.is_meta for parameter in cls(3, 4, device="meta").parameters())
+
+
+CHANGES: dict[str, Callable[[nn.Module, str], Any]] = {
+    "weight_norm": parametrizations.weight_norm,
+    "spectral_norm": parametrizations.spectral_norm,
+    "orthogonal": parametrizations.orthogonal,
+    "prune": lambda module, name: prune.l1_unstructured(module, name, amount=0.5),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("cls", [*LAYERS, *CELLS])
+def test_parametrized_and_pruned(cls: type[nn.Module], change: str) -> None:
+    ours, theirs = pair(cls)
+    (x, given), name = arguments(cls), "weight_hh" if is_cell(cls) else "weight_hh_l0"
+    before = first(ours(x, **given))
+    for module in (ours, theirs):
+        CHANGES[change](module, name)
+        module.eval()  # spectral_norm refines its estimate at each use in training
+    theirs.load_state_dict(ours.state_dict())
+    assert_same_gradients(ours, theirs, x, given)
+    if change != "weight_norm":  # which changes nothing at first
+        assert not torch.allclose(first(ours(x, **given)), before)
+    if change == "prune":
+        prune.remove(ours, name)
+    else:
+        assert_same_gradients(copy.deepcopy(ours), theirs, x, given)
+        parametrize.remove_parametrizations(ours, name)
+    assert type(ours) is cls
+    torch.testing.assert_close(first(ours(x, **given)), first(theirs(x, **given)))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("cls", [*LAYERS, *CELLS])
+def test_checkpointed_and_off_loaded(cls: type[nn.Module], reentrant: bool) -> None:
+    ours, theirs = pair(cls)
+
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = ours
+
+        def forward(self, x: torch.Tensor, **given: Any) -> torch.Tensor:
+            return torch.utils.checkpoint.checkpoint(lambda x: first(ours(x, **given)), x, use_reentrant=reentrant)
+
+    x, given = arguments(cls)
+    x.requires_grad_()
+    assert_same_gradients(Checkpointed(), theirs, x, given)
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t.clone(), lambda t: t):
+        assert_same_gradients(ours, theirs, x, given)
+    assert kept
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_as_bucket_view": True}, {"static_graph": True}], ids=str)
+def test_distributed_data_parallel(options: dict[str, Any], tmp_path: Path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        for cls in (*LAYERS, *CELLS):
+            ours, theirs = pair(cls)
+            wrapped = nn.parallel.DistributedDataParallel(ours, **options)
+            for _ in range(2):
+                assert_same_gradients(wrapped, theirs, *arguments(cls))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+class Encoded(torch.utils.data.Dataset):
+    """Samples that a model computes, in the worker of a DataLoader."""
+
+    def __init__(self, model: nn.Module, samples: torch.Tensor) -> None:
+        self.model, self.samples = model, samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        y = first(self.model(self.samples[index]))
+        y.sum().backward()
+        return y.detach()
+
+
+@pytest.mark.parametrize("cls", LAYERS)
+def test_in_a_forked_worker_after_threads_were_used(cls: type[nn.Module]) -> None:
+    """With one thread, as DataLoader sets it. With more, OpenMP itself hangs after a fork, and torch.nn with it."""
+    layer, samples = cls(64, 256), torch.randn(2, 10, 8, 64)
+    expected = [first(layer(sample)) for sample in samples]
+    expected[0].sum().backward()
+    loader = torch.utils.data.DataLoader(
+        Encoded(layer, samples), batch_size=None, num_workers=1, multiprocessing_context="fork", timeout=60
+    )
+    for found, wanted in zip(loader, expected, strict=True):
+        assert torch.equal(found, wanted)
+    assert torch.equal(first(layer(samples[0])), expected[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -187,7 +356,6 @@ def test_wrong_options_name_the_argument() -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {},
         {"num_layers": 2, "bidirectional": True, "batch_first": True},
         {"zoneout": 0.2, "recurrent_dropout": 0.2, "weight_dropout": 0.2},
     ],
@@ -207,13 +375,166 @@ def test_compiles_whole(cls: type[nn.Module], options: dict[str, Any]) -> None:
             y.sum().backward()
 
 
+def uses(cls: type[nn.Module]) -> list[Any]:
+    """Two for each class: as torch.nn's, and with options and arguments of ours."""
+    options: dict[str, Any] = {"zoneout": 0.2}
+    if issubclass(cls, (nn.GRU, nn.GRUCell)):
+        options["reset_after"] = False
+    names = ("hx",) if is_cell(cls) else ("hx", "lengths")
+    return [
+        pytest.param(cls, {}, ("hx",), id=cls.__name__),
+        pytest.param(cls, options, names, id=f"{cls.__name__}-options"),
+    ]
+
+
+all_uses = pytest.mark.parametrize(("cls", "options", "names"), [use for cls in (*LAYERS, *CELLS) for use in uses(cls)])
+
+
+@all_uses
+def test_one_graph_serves_all_sizes(cls: type[nn.Module], options: dict[str, Any], names: tuple[str, ...]) -> None:
+    torch._dynamo.reset()
+    module = cls(3, 4, **options)
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        # None equal to the input size: torch.compile takes equal sizes for one and the same.
+        for steps, batch in ((5, 2), (7, 8), (40, 9)):
+            x, given = arguments(cls, names, steps, batch)
+            found = []
+            for called in (compiled, module):
+                torch.manual_seed(1)
+                y = first(called(x, **given))
+                found.append((y, *torch.autograd.grad(y.square().sum(), list(module.parameters()))))
+            assert all(map(torch.equal, *found))
+
+
+@pytest.mark.skipif(native.load() is None, reason="no compiled extension")
 @pytest.mark.parametrize("cls", LAYERS)
-def test_exports(cls: type[nn.Module]) -> None:
-    layer, x = cls(3, 4, num_layers=2).eval(), torch.randn(5, 2, 3)
-    exported = torch.export.export(layer, (x,))
-    assert torch.equal(exported.module()(x)[0], layer(x)[0])
+def test_the_graph_does_not_grow_with_the_number_of_steps(cls: type[nn.Module]) -> None:
+    sizes, seconds = [], []
+
+    def backend(module: Any, inputs: Any) -> Any:
+        sizes.append(len(module.graph.nodes))
+        return torch._dynamo.lookup_backend("aot_eager")(module, inputs)
+
+    for steps in (3, 200, 1000):
+        torch._dynamo.reset()
+        layer, x = cls(3, 4), torch.randn(steps, 2, 3)
+        start = time.process_time()
+        first(torch.compile(layer, fullgraph=True, backend=backend)(x)).sum().backward()
+        seconds.append(time.process_time() - start)
+    assert len(sizes) == 3 and len(set(sizes)) == 1
+    assert min(seconds) < 2  # 0.25 seen
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_compiled_training_in_other_precisions(dtype: torch.dtype) -> None:
+    torch._dynamo.reset()
+    layer, x = fastrnn.nn.LSTM(3, 4, dtype=dtype), torch.randn(2, 2, 3, dtype=dtype)
+    found = []
+    for called in (torch.compile(layer, fullgraph=True, backend="aot_eager"), layer):
+        y = called(x)[0]
+        found.append((y, *torch.autograd.grad(y.sum(), list(layer.parameters()))))
+    tolerance = {} if dtype == torch.float64 else {"rtol": 0.02, "atol": 0.02}
+    torch.testing.assert_close(*found, **tolerance)
+
+
+def test_torchs_own_modules_are_compiled_as_without_fastrnn() -> None:
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="RNN, GRU, or LSTM"):
+        torch.compile(nn.LSTM(3, 4), fullgraph=True, backend="eager")(torch.randn(5, 2, 3))
+    torch._dynamo.reset()
+    model = nn.ModuleList([nn.LSTM(3, 4), fastrnn.nn.LSTM(4, 4)])
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        for layer in model:
+            x = layer(x)[0]
+        return x
+
+    x = torch.randn(5, 2, 3)
+    y = torch.compile(run, backend="aot_eager")(x)
+    torch.testing.assert_close(y, run(x))
+    y.sum().backward()  # torch 2.13 fails here where it was made to trace its own LSTM
+
+
+def test_compiles_whole_when_torchdynamo_was_there_first() -> None:
+    code = (
+        "import torch._dynamo, fastrnn; layer = torch.compile(fastrnn.nn.GRU(3, 4), fullgraph=True, backend='eager');"
+        "assert layer(torch.zeros(5, 2, 3))[0].shape == (5, 2, 4); assert not torch._dynamo.config.allow_rnn"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("cls", [*LAYERS, *CELLS])
+def test_compiled_transforms(cls: type[nn.Module]) -> None:
+    torch._dynamo.reset()
+    ours, theirs = pair(cls)
+    parameters = dict(ours.named_parameters())
+    xs = torch.stack([example(cls, steps=2) for _ in range(2)])
+
+    def loss(parameters: Any, x: torch.Tensor) -> torch.Tensor:
+        return first(torch.func.functional_call(ours, parameters, (x,))).square().sum()
+
+    per_sample = torch.vmap(torch.func.grad(loss), in_dims=(None, 0))
+    found = torch.compile(per_sample, fullgraph=True, backend="aot_eager")(parameters, xs)
+    for index, x in enumerate(xs):
+        expected = torch.autograd.grad(first(theirs(x)).square().sum(), list(theirs.parameters()))
+        torch.testing.assert_close([value[index] for value in found.values()], list(expected))
+
+    def moved(x: torch.Tensor, tangent: torch.Tensor) -> torch.Tensor:
+        return torch.func.jvp(lambda x: first(ours(x)), (x,), (tangent,))[1]
+
+    x, tangent = example(cls, steps=2), example(cls, steps=2)
+    found = torch.compile(moved, fullgraph=True, backend="aot_eager")(x, tangent)
+    torch.testing.assert_close(found, moved(x, tangent))
+
+
+def recurrences(program: Any) -> int:
+    """How many of our operators a program holds."""
+    graphs = [module.graph for module in program.graph_module.modules() if hasattr(module, "graph")]
+    return sum("recurrence_forward" in str(node.target) for graph in graphs for node in graph.nodes)
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["trace", "dynamo"])
+@all_uses
+def test_exports(cls: type[nn.Module], options: dict[str, Any], names: tuple[str, ...], strict: bool) -> None:
+    module = cls(3, 4, **options).eval()
+    steps, batch = torch.export.Dim("steps", min=2), torch.export.Dim("batch", min=2)
+    x, given = arguments(cls, names, 5, 3)
+    shapes = {
+        "input": {0: batch} if is_cell(cls) else {0: steps, 1: batch},
+        "hx": {0: batch} if is_cell(cls) else {1: batch},
+        "lengths": {0: batch},
+        "resets": {0: steps, 1: batch},
+    }
+    if isinstance(given.get("hx"), tuple):
+        shapes["hx"] = (shapes["hx"], shapes["hx"])  # type: ignore[assignment]
+    dynamic_shapes = {name: shapes[name] for name in ("input", *given)}
+    program = torch.export.export(module, (x,), given, dynamic_shapes=dynamic_shapes, strict=strict)
     if native.load() is not None:  # one operator a layer, however many steps
-        assert sum("recurrence_forward" in str(node.target) for node in exported.graph.nodes) == 2
+        assert recurrences(program) == 1
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    for size in ((5, 3), (9, 7)):
+        x, given = arguments(cls, names, *size)
+        assert torch.equal(first(loaded(x, **given)), first(module(x, **given)))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # from torch's own code
+def test_compiles_ahead_of_time(tmp_path: Path) -> None:
+    layer = fastrnn.nn.GRU(3, 4).eval()
+    steps, batch = torch.export.Dim("steps", min=2, max=100), torch.export.Dim("batch", min=2, max=100)
+    x, given = arguments(fastrnn.nn.GRU, ("lengths",), batch=3)
+    shapes = {"input": {0: steps, 1: batch}, "lengths": {0: batch}, "resets": {0: steps, 1: batch}}
+    with torch.no_grad():
+        program = torch.export.export(layer, (x,), given, dynamic_shapes=shapes)
+        package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "layer.pt2"))
+        compiled = torch._inductor.aoti_load_package(package)
+        for size in ((5, 3), (9, 7)):
+            x, given = arguments(fastrnn.nn.GRU, ("lengths",), *size)
+            torch.testing.assert_close(compiled(x, **given), layer(x, **given), rtol=0, atol=0)
 
 
 def test_models_and_samples_at_once_by_vmap() -> None:

@@ -143,6 +143,62 @@ def test_gradients_per_sample_and_forward_mode(kind: str) -> None:
     torch.testing.assert_close(forward_mode[1].double(), numerical, rtol=1e-4, atol=1e-5)
 
 
+OPTIONS: list[tuple[dict[str, Any], bool]] = [
+    ({}, True),
+    ({"layer_norm": True}, True),
+    ({"zoneout": 0.4}, True),
+    ({"zoneout": 0.4}, False),
+    ({"reset_after": False}, True),
+    ({"recurrent_dropout": 0.4, "weight_dropout": 0.4}, True),
+]
+
+
+def with_options(kinds: list[str]) -> list[Any]:
+    return [
+        pytest.param(kind, options, training, id="-".join([kind, *options, "train" if training else "eval"]))
+        for kind in kinds
+        for options, training in OPTIONS
+        if not (("reset_after" in options and "GRU" not in kind) or ("weight_dropout" in options and "Cell" in kind))
+    ]
+
+
+@pytest.mark.parametrize(("kind", "options", "training"), with_options([*LAYERS, *CELLS]))
+def test_transforms_with_options(kind: str, options: dict[str, Any], training: bool) -> None:
+    """Per-sample gradients of layers with lengths and resets too, and ensembles. Random options draw the same masks."""
+    cls = getattr(fastrnn.nn, kind)
+    models = [cls(3, 4, **options).train(training) for _ in range(3)]
+    xs = torch.randn(4, 2, 3) if "Cell" in kind else torch.randn(4, 5, 2, 3)
+    given: dict[str, Tensor] = {}
+    if "Cell" not in kind:
+        given = {"lengths": torch.tensor([[2, 5], [0, 1], [5, 5], [3, 4]]), "resets": torch.rand(4, 5, 2) < 0.3}
+
+    def output(model: nn.Module, parameters: Any, x: Tensor, given: Any) -> Tensor:
+        return tensors(torch.func.functional_call(model, parameters, (x,), given))[0]
+
+    def loss(parameters: Any, x: Tensor, given: Any) -> Tensor:
+        return output(models[0], parameters, x, given).square().sum()
+
+    parameters = dict(models[0].named_parameters())
+    torch.manual_seed(1)
+    per_sample = torch.vmap(torch.func.grad(loss), in_dims=(None, 0, 0), randomness="same")(parameters, xs, given)
+    for index, x in enumerate(xs):
+        torch.manual_seed(1)
+        single = loss(parameters, x, {name: value[index] for name, value in given.items()})
+        expected = torch.autograd.grad(single, list(parameters.values()))
+        torch.testing.assert_close([value[index] for value in per_sample.values()], list(expected))
+
+    stacked = torch.func.stack_module_state(models)[0]
+    torch.manual_seed(1)
+    ys = torch.vmap(output, in_dims=(None, 0, None, None), randomness="same")(models[0], stacked, xs[0], {})
+    for y, model in zip(ys, models):
+        torch.manual_seed(1)
+        torch.testing.assert_close(y, tensors(model(xs[0]))[0])
+    twice = torch.stack([xs[0], xs[0]])
+    ys = torch.vmap(lambda x: output(models[0], parameters, x, {}), randomness="different")(twice)
+    random = training and any(isinstance(value, float) for value in options.values())
+    assert torch.equal(ys[0], ys[1]) != random
+
+
 @pytest.mark.parametrize("kind", [*LAYERS, *CELLS])
 def test_inference_mode_and_shared_memory(kind: str) -> None:
     ours, theirs = pair(kind, 3, 4)
