@@ -282,6 +282,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("checksum", [](uintptr_t data, int64_t size, int threads) {
     return kernels().checksum(pointer(data), size, team_size(threads));
   });
+  m.def("dropout", [](uintptr_t x, int64_t x_stride, int64_t rows, int64_t columns, double probability, float scale,
+                      uint64_t seed, uintptr_t out, int threads) {
+    py::gil_scoped_release release;
+    kernels().dropout(pointer(x), x_stride, rows, columns, probability, scale, seed, pointer(out), team_size(threads));
+  });
   m.def("lanes", [] { return kernels().lanes; });
   // Floats that the forward pass keeps of activations, and of layer norms.
   m.def("saved_sizes", [](int cell, int64_t rows, int64_t hidden_size, bool zoneout_expected, bool norms) {

@@ -1,6 +1,6 @@
-// The counter-based generator of zoneout's masks: the bit of (seed, stream, t, b, unit) depends on nothing else, so forward
-// and backward draw the same mask and none is kept. The specification is zoneout_mask in
-// fastrnn/reference/recurrence.py.
+// The counter-based generator of random masks: the bit of (seed, stream, t, b, unit) depends on nothing else, so
+// forward and backward draw the same mask and none is kept. Streams 0 and 1 are zoneout's of h and c; dropout's has
+// t = 0, the row as b and the column as unit. The specification is zoneout_mask in fastrnn/reference/recurrence.py.
 #pragma once
 
 #include <stdint.h>
@@ -9,6 +9,8 @@
 
 namespace fastrnn {
 namespace {
+
+constexpr uint32_t kDropoutStream = 2;
 
 // The finaliser of MurmurHash3; V is uint32_t or a vector of them.
 template <class V>

@@ -4,6 +4,7 @@
 #ifdef FASTRNN_BF16
 #include "cpu/backward.h"
 #else
+#include "cpu/dropout.h"
 #include "cpu/step.h"
 #endif
 
@@ -82,7 +83,7 @@ void backward(const Problem& problem, const BackwardArgs& args, int threads) {
 }
 
 #ifdef FASTRNN_BF16
-constexpr auto step = nullptr, step_backward_any = nullptr;
+constexpr auto step = nullptr, step_backward_any = nullptr, dropout = nullptr;
 #else
 void step(const Problem& problem, const StepArgs& args, int threads) {
   with_cell(problem.cell, [&](auto tag) { step_forward<tag.cell>(problem, args, threads); });
@@ -153,9 +154,9 @@ double read_bandwidth(const float* data, int64_t size, int threads, double secon
   namespace fastrnn::cpu {                                                                                         \
   const Kernels& kernels_##name() {                                                                                \
     static const Kernels kernels = {#name,          kLanes,           packed_forward_size, pack_forward,           \
-                                    packed_backward_size, pack_backward, checksum_floats,   saved_size, norm_saved_size, forward,    \
-                                    backward,       step,             step_backward_any,   fma_ceiling,               \
-                                    read_bandwidth};                                                               \
+                                    packed_backward_size, pack_backward, checksum_floats,   saved_size,             \
+                                    norm_saved_size, forward,         backward,       step,   step_backward_any,    \
+                                    dropout,        fma_ceiling,      read_bandwidth};                             \
     return kernels;                                                                                                \
   }                                                                                                                \
   }

@@ -151,6 +151,11 @@ struct Kernels {
   void (*step)(const Problem&, const StepArgs&, int threads);
   void (*step_backward)(const Problem&, const StepBackwardArgs&, int threads);
 
+  // out [rows, columns] = x * keep * scale, each element dropped with the probability. Rows of x are contiguous.
+  // Null for bfloat16.
+  void (*dropout)(const float* x, int64_t x_stride, int64_t rows, int64_t columns, double probability, float scale,
+                  uint64_t seed, float* out, int threads);
+
   // Multiply-adds of the data type from registers alone, in FLOP/s summed over the threads.
   double (*fma_ceiling)(int threads, double seconds);
   // Bytes per second that the threads together read of a buffer, each its own part over and over.

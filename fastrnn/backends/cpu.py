@@ -13,6 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastrnn.backends import native
 from fastrnn.backends.call import RecurrenceCall
+from fastrnn.reference import keep_scale
 
 CELL_INDEX = {"rnn_tanh": 0, "rnn_relu": 1, "lstm": 2, "gru": 3, "gru_reset_before": 4}
 
@@ -533,3 +534,26 @@ def fake_backward(
     gradients = _new_gradients(x, weight_hh, batch, needs, weight_hh.dtype, x.dtype)
     found = tuple(x.new_empty(0) if gradient is None else gradient for gradient in gradients)
     return _narrowed(found, x.dtype, weight_hh.dtype)
+
+
+def has_dropout(x: Tensor) -> bool:
+    """Whether `dropout` takes x."""
+    plain = x.layout is torch.strided and _is_plain(type(x))
+    return native.load() is not None and x.is_cpu and plain and x.numel() > 0
+
+
+def dropout(x: Tensor, probability: float, seed: int) -> Tensor:
+    """The operator's result for x [R, C]. The kernel computes in fp32; with other dtypes it draws the mask."""
+    scale = keep_scale(probability)
+    if x.dtype is torch.float32:
+        return _dropout(_with_unit_stride(x), probability, scale, seed)
+    ones = x.new_ones(x.shape[1], dtype=torch.float32).expand(x.shape)
+    return (x * _dropout(ones, probability, 1.0, seed).to(x.dtype) * scale).contiguous()
+
+
+def _dropout(x: Tensor, probability: float, scale: float, seed: int) -> Tensor:
+    out = x.new_empty(x.shape)
+    native.load().dropout(  # type: ignore[union-attr]
+        x.data_ptr(), x.stride(0), *x.shape, probability, scale, seed, out.data_ptr(), torch.get_num_threads()
+    )
+    return out

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -12,6 +12,14 @@ from fastrnn.backends import Norm
 
 _PROBABILITIES = ("zoneout", "recurrent_dropout", "weight_dropout")
 _FLAGS = ("layer_norm", "residual", "reset_after", "return_cell_states")
+
+
+def draw_seed() -> int | Tensor:
+    """A seed for the counter-based masks, from torch's generator: reproducible under torch.manual_seed."""
+    seed = torch.randint(2**63 - 1, (), device="cpu")
+    # torch.vmap draws a seed for each model or sample, which only a tensor can hold. Not int(..), which torch.export
+    # cannot trace.
+    return seed if backends.transforming() else cast(int, seed.item())
 
 
 def check_backend(name: str) -> None:
@@ -74,11 +82,7 @@ class WithOptions(torch.nn.Module):
         return [*norms, None, None, None][:3]
 
     def _zoneout_seed(self) -> int | Tensor | None:
-        if not self.training or self.zoneout == 0:
-            return None
-        seed = torch.randint(2**63 - 1, ())
-        # torch.vmap draws a seed for each model or sample, which only a tensor can hold.
-        return seed if backends.transforming() else int(seed)
+        return draw_seed() if self.training and self.zoneout > 0 else None
 
     def reset_parameters(self) -> None:
         super().reset_parameters()  # type: ignore[misc]

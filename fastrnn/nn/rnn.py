@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn.backends import RecurrenceCall
-from fastrnn.nn.options import WithOptions
+from fastrnn.nn.options import WithOptions, draw_seed
+from fastrnn.ops.dropout import dropout
 from fastrnn.ops.recurrence import decide, run_on
 
 
@@ -149,10 +150,10 @@ class Layers(WithOptions, torch.nn.RNNBase):
         h0, c0 = state
         recurrent_mask = None
         if self.training and self.weight_dropout:
-            weight_hh = torch.dropout(weight_hh, self.weight_dropout, True)
+            weight_hh = dropout(weight_hh, self.weight_dropout, draw_seed())
         if self.training and self.recurrent_dropout:
             batch = x.shape[1] if batch_sizes is None else int(batch_sizes[0])
-            recurrent_mask = torch.dropout(x.new_ones(batch, weight_hh.shape[1]), self.recurrent_dropout, True)
+            recurrent_mask = dropout(x.new_ones(batch, weight_hh.shape[1]), self.recurrent_dropout, draw_seed())
         norm_ih, norm_hh, norm_c = self._norms(self._all_weights[index][0].removeprefix("weight_ih"))
         return RecurrenceCall(
             self._cell,

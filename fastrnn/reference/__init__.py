@@ -1,5 +1,6 @@
 """The executable specification: every operator in plain PyTorch, written as its formula reads."""
 
+from fastrnn.reference.dropout import dropout, keep_scale
 from fastrnn.reference.recurrence import CELLS, Cell, layer_norm, recurrence, zoneout_mask
 
-__all__ = ["CELLS", "Cell", "layer_norm", "recurrence", "zoneout_mask"]
+__all__ = ["CELLS", "Cell", "dropout", "keep_scale", "layer_norm", "recurrence", "zoneout_mask"]

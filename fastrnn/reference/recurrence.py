@@ -51,17 +51,26 @@ def _mix32(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-def zoneout_mask(probability: float, seed: int | Tensor, stream: int, t: int, batch: int, hidden: int) -> Tensor:
+def zoneout_mask(
+    probability: float,
+    seed: int | Tensor,
+    stream: int,
+    t: int,
+    batch: int,
+    hidden: int,
+    device: torch.device | None = None,
+) -> Tensor:
     """Which units keep their previous state at step t: bool [batch, hidden], True with the given probability.
 
     A counter-based generator: the bit of (seed, stream, t, b, unit) depends on nothing else, so that forward and
-    backward, and every back end, draw the same mask without keeping it. Stream 0 is for h, stream 1 for c.
+    backward, and every back end, draw the same mask without keeping it. Stream 0 is for h, stream 1 for c; the
+    operator dropout has stream 2.
     """
-    word = torch.as_tensor(seed & 0xFFFFFFFF)
+    word = torch.as_tensor(seed & 0xFFFFFFFF, device="cpu")
     for value in (seed >> 32, stream, t):
         word = _mix32(word ^ (value & 0xFFFFFFFF))
-    row = _mix32(word ^ torch.arange(batch))
-    unit = _mix32(row[:, None] ^ _mix32(torch.arange(hidden) + 1))
+    row = _mix32(torch.arange(batch, device=device) ^ word)
+    unit = _mix32(row[:, None] ^ _mix32(torch.arange(hidden, device=device) + 1))
     return (unit >> 8) < int(probability * 2**24)
 
 
@@ -201,5 +210,6 @@ def _zone_out(
     assert old is not None
     if seed is None:
         return probability * old + (1 - probability) * new
-    mask = zoneout_mask(probability, seed, stream, t, *new.shape).to(new.device)
+    batch, hidden = new.shape
+    mask = zoneout_mask(probability, seed, stream, t, batch, hidden, new.device)
     return torch.where(mask, old, new)

@@ -9,6 +9,8 @@ from torch.nn.functional import layer_norm
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fastrnn
+from fastrnn.backends import native
+from fastrnn.ops import dropout
 
 LAYERS = ["RNN", "LSTM", "GRU"]
 
@@ -129,6 +131,62 @@ def test_weight_dropout_is_drawn_for_each_element_and_call() -> None:
     assert not torch.equal(*ys)
 
 
+@pytest.mark.parametrize("kind", LAYERS)
+def test_weight_dropout_is_the_operator_on_weight_hh(kind: str) -> None:
+    layer = getattr(fastrnn.nn, kind)(3, 4, num_layers=2, bidirectional=True, weight_dropout=0.3)
+    plain = getattr(nn, kind)(3, 4, num_layers=2, bidirectional=True)
+    plain.load_state_dict(layer.state_dict())
+    x, given = torch.randn(5, 2, 3), torch.randn(5, 2, 8)
+    torch.manual_seed(11)
+    found = layer(x)[0]
+    found.backward(given)
+    torch.manual_seed(11)
+    # In the order of layers and directions, each with a seed of its own from torch's generator.
+    seeds = {name: int(torch.randint(2**63 - 1, ())) for name, _ in plain.named_parameters() if "weight_hh" in name}
+    with torch.no_grad():
+        for name, seed in seeds.items():
+            getattr(plain, name).copy_(dropout(getattr(plain, name), 0.3, seed))
+    expected = plain(x)[0]
+    expected.backward(given)
+    torch.testing.assert_close(found, expected)
+    for (name, ours), theirs in zip(layer.named_parameters(), plain.parameters()):
+        gradient = dropout(theirs.grad, 0.3, seeds[name]) if name in seeds else theirs.grad
+        torch.testing.assert_close(ours.grad, gradient)
+
+
+def test_recurrent_dropout_is_drawn_by_sequence_and_unit() -> None:
+    layer = fastrnn.nn.RNN(3, 8, recurrent_dropout=0.4, bias=False, nonlinearity="relu")
+    with torch.no_grad():
+        layer.weight_ih_l0.zero_()
+        layer.weight_hh_l0.copy_(torch.eye(8))
+    for steps, batch in ((1, 6), (7, 6), (7, 4)):
+        torch.manual_seed(11)
+        seed = int(torch.randint(2**63 - 1, ()))
+        torch.manual_seed(11)
+        y = layer(torch.zeros(steps, batch, 3), torch.ones(1, batch, 8))[0]
+        torch.testing.assert_close(y[0], dropout(torch.ones(6, 8), 0.4, seed)[:batch])
+
+
+@pytest.mark.skipif(native.load() is None, reason="no compiled extension")
+@pytest.mark.parametrize("kind", LAYERS)
+def test_no_mask_of_weights_or_steps_is_kept_for_backward(kind: str) -> None:
+    layer = getattr(fastrnn.nn, kind)(3, 8, zoneout=0.3, recurrent_dropout=0.3, weight_dropout=0.3)
+    kept: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = layer(torch.randn(5, 6, 3))[0]
+    assert y.requires_grad
+    # What has few values is a mask: recurrent_dropout's, of one step, is the only one. The weight is kept as used.
+    masks = [tensor for tensor in kept if tensor.numel() and len(tensor.unique()) <= 2]
+    assert [tensor.shape for tensor in masks] == [(6, 8)]
+    (weight,) = [tensor for tensor in kept if tensor.shape == layer.weight_hh_l0.shape]
+    assert torch.equal(weight != 0, (weight / layer.weight_hh_l0 - 1 / 0.7).abs() < 1e-5)
+
+
 def test_recurrent_dropout_is_one_mask_for_all_steps() -> None:
     layer = fastrnn.nn.RNN(6, 100, recurrent_dropout=0.4, bias=False, nonlinearity="relu")
     with torch.no_grad():
@@ -142,6 +200,18 @@ def test_recurrent_dropout_is_one_mask_for_all_steps() -> None:
     torch.testing.assert_close(y[0][kept], torch.full_like(y[0][kept], 1 / 0.6))
     assert kept.double().mean().item() == pytest.approx(0.6, abs=5 * (0.24 / 5000) ** 0.5)
     assert torch.equal(layer.eval()(x, torch.ones(1, 50, 100))[0], torch.ones(3, 50, 100))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_random_masks_are_exported(strict: bool) -> None:
+    layer, x = fastrnn.nn.GRU(3, 8, zoneout=0.3, recurrent_dropout=0.3, weight_dropout=0.3), torch.randn(5, 6, 3)
+    exported = torch.export.export(layer, (x,), strict=strict).module()
+    ys = []
+    for module, seed in ((exported, 7), (layer, 7), (exported, 8)):
+        torch.manual_seed(seed)
+        ys.append(module(x)[0])
+    assert torch.equal(ys[0], ys[1])
+    assert not torch.equal(ys[0], ys[2])
 
 
 @pytest.mark.parametrize("kind", LAYERS)
