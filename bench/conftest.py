@@ -25,7 +25,7 @@ def threads() -> int:
 
 @pytest.fixture(scope="session")
 def seconds() -> float:
-    """Time for the rounds of one case; the 36 cases of fp32 then take about five minutes."""
+    """Time for the rounds of one case; the 36 plain cases of fp32 then take about five minutes."""
     return float(os.environ.get("FASTRNN_BENCH_SECONDS", "4"))
 
 

@@ -40,11 +40,12 @@ def machine() -> str:
 
 
 def commit() -> str:
-    """git describe, ending in -dirty where anything but the results and README that a run rewrites is changed."""
+    """git describe, ending in -dirty where anything but the results and pages that a run rewrites is changed."""
     git = ["git", "-C", str(ROOT)]
     try:
         described = subprocess.run([*git, "describe", "--always", "--tags"], capture_output=True, text=True, check=True)
-        status = [*git, "status", "--porcelain", "--", ".", ":!bench/results", ":!README.md"]
+        rewritten = [":!bench/results", ":!README.md", ":!docs/variants.md"]
+        status = [*git, "status", "--porcelain", "--", ".", *rewritten]
         changed = subprocess.run(status, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
@@ -99,11 +100,13 @@ def isa() -> str:
 
 
 def limits(case: Case) -> dict[str, Callable[[], float]]:
-    """The rate that bounds a case, measured anew by each call: "gflops" of FMA on registers, or "gbytes" per second of
-    reading as many bytes as weight_hh has. Empty for a single step, and without the compiled module."""
+    """The rate that bounds a case, measured anew by each call: "gflops" of the dtype's FMA on registers, or "gbytes"
+    per second of reading as many bytes as weight_hh has. Empty for a single step, for arithmetic in a dtype that the
+    CPU does not have, and without the compiled module."""
     module = native()
     if module is None or case.bound == "latency":
         return {}
     if case.bound == "arithmetic":
-        return {"gflops": lambda: module.fma_ceiling(THREADS, 10)}
+        bf16 = case.dtype == "bf16"
+        return {} if bf16 and not module.has_bf16() else {"gflops": lambda: module.fma_ceiling(THREADS, 10, bf16)}
     return {"gbytes": lambda: module.stream_bandwidth(case.weight_bytes, THREADS)}

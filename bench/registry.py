@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 
 class Shape(NamedTuple):
@@ -30,21 +32,70 @@ STEP_SHAPES = {"step1": Shape(1, 1, 256, 256), "step16": Shape(16, 1, 256, 256)}
 GATES = {"rnn": 1, "lstm": 4, "gru": 3}
 # forward: inference, no gradients. training: forward, then backward to the input and every weight. step: a cell's call.
 MODES = ("forward", "training", "step")
-DTYPES = {"fp32": torch.float32}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A cell with one of the options that torch.nn does not have, or with sequences of unequal length."""
+
+    title: str  # as the report calls it
+    options: Mapping[str, Any] = field(default_factory=dict)  # of the module's constructor
+    # What forward gets besides x: "lengths" of 1..T, "full_lengths" of T, "resets"; or, in place of x, "packed", a
+    # PackedSequence with the same lengths.
+    given: str | None = None
+    cells: Sequence[str] = ("lstm", "gru")
+    modes: Sequence[str] = ("forward", "training")
+
+
+# Drop-outs do nothing in evaluation.
+VARIANTS = {
+    "lengths": Variant("`lengths` of 1 to T", given="lengths"),
+    "full_lengths": Variant("`lengths`, all T", given="full_lengths"),
+    "packed": Variant("`PackedSequence`, lengths of 1 to T", given="packed"),
+    "resets": Variant("`resets` at 2 % of the steps", given="resets"),
+    "zoneout": Variant("`zoneout=0.1`", {"zoneout": 0.1}),
+    "recurrent_dropout": Variant("`recurrent_dropout=0.2`", {"recurrent_dropout": 0.2}, modes=("training",)),
+    "weight_dropout": Variant("`weight_dropout=0.2`", {"weight_dropout": 0.2}, modes=("training",)),
+    "layer_norm": Variant("`layer_norm=True`", {"layer_norm": True}),
+    "reset_before": Variant("`reset_after=False`", {"reset_after": False}, cells=("gru",)),
+}
+VARIANT_SHAPE = "c"
 
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the results: a cell (tanh for "rnn") at one shape, in one mode and dtype."""
+    """One row of the results: a cell (tanh for "rnn") at one shape, in one mode and dtype, plain or a variant."""
 
     cell: str
     shape: str
     mode: str
     dtype: str = "fp32"
+    variant: str | None = None
 
     @property
     def id(self) -> str:
-        return f"{self.cell}-{self.shape}-{self.mode}-{self.dtype}"
+        return "-".join([self.cell, self.shape, self.mode, self.dtype, *([self.variant] if self.variant else [])])
+
+    @property
+    def baseline(self) -> tuple[str, Case] | None:
+        """The case, and its name in a row, that fastrnn is compared with itself in: a variant with the plain cell, a
+        narrower dtype with fp32."""
+        if self.variant:
+            return "plain", replace(self, variant=None)
+        return None if self.dtype == "fp32" else ("fp32", replace(self, dtype="fp32"))
+
+    @property
+    def given(self) -> str | None:
+        return VARIANTS[self.variant].given if self.variant else None
+
+    @property
+    def lengths(self) -> Tensor:
+        """Steps of each sequence, [B]."""
+        batch, steps, *_ = self.size
+        if self.given not in ("lengths", "packed"):
+            return torch.full((batch,), steps)
+        return torch.randint(1, steps + 1, (batch,), generator=torch.Generator().manual_seed(0))
 
     @property
     def size(self) -> Shape:
@@ -56,8 +107,8 @@ class Case:
 
         The backward pass has two products for each one of the forward pass: towards the input and towards the weight.
         """
-        batch, steps, input_size, hidden_size = self.size
-        forward = 2 * steps * batch * GATES[self.cell] * hidden_size * (input_size + hidden_size)
+        *_, input_size, hidden_size = self.size
+        forward = 2 * int(self.lengths.sum()) * GATES[self.cell] * hidden_size * (input_size + hidden_size)
         return 3 * forward if self.mode == "training" else forward
 
     @property
@@ -79,22 +130,37 @@ class Case:
         return "weights" if self.size.batch == 1 else "arithmetic"
 
 
-def all_cases() -> list[Case]:
-    return [
+def plain_cases() -> list[Case]:
+    sequences = [
         Case(cell, shape, mode, dtype)
-        for shape in (*SHAPES, *STEP_SHAPES)
+        for shape in SHAPES
         for cell in GATES
         for dtype in DTYPES
-        for mode in (("step",) if shape in STEP_SHAPES else ("forward", "training"))
+        for mode in ("forward", "training")
+    ]
+    return sequences + [Case(cell, shape, "step") for shape in STEP_SHAPES for cell in GATES]
+
+
+def variant_cases() -> list[Case]:
+    return [
+        Case(cell, VARIANT_SHAPE, mode, "fp32", name)
+        for cell in GATES
+        for name, variant in VARIANTS.items()
+        if cell in variant.cells
+        for mode in variant.modes
     ]
 
 
-def chosen_cases() -> list[Case]:
-    """All cases, or those of the shapes in FASTRNN_BENCH_SHAPES=a,c; ValueError where it names an unknown shape."""
-    chosen = os.environ.get("FASTRNN_BENCH_SHAPES")
+def all_cases() -> list[Case]:
+    return plain_cases() + variant_cases()
+
+
+def chosen(cases: Sequence[Case]) -> list[Case]:
+    """These cases, or those of the shapes in FASTRNN_BENCH_SHAPES=a,c; ValueError where it names an unknown shape."""
+    shapes = os.environ.get("FASTRNN_BENCH_SHAPES")
     known = [*SHAPES, *STEP_SHAPES]
-    names = known if chosen is None else [name.strip() for name in chosen.split(",") if name.strip()]
+    names = known if shapes is None else [name.strip() for name in shapes.split(",") if name.strip()]
     for name in names:
         if name not in known:
             raise ValueError(f"FASTRNN_BENCH_SHAPES must name shapes out of {', '.join(known)}, got {name!r}")
-    return [case for case in all_cases() if case.shape in names]
+    return [case for case in cases if case.shape in names]

@@ -1,7 +1,7 @@
 """Tables and pictures of bench/results/*.json.
 
-python -m bench.report                    write bench/report/ and the table in README.md
-python -m bench.report --check            fail where README.md is not what the results give
+python -m bench.report                    write bench/report/ and the tables in README.md and docs/variants.md
+python -m bench.report --check            fail where one of these is not what the results give
 python -m bench.report --compare OLD      an earlier results file beside the present one of the same machine
 python -m bench.report --compare OLD NEW
 """
@@ -10,18 +10,33 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from bench import results
 from bench.machine import ROOT
-from bench.registry import DTYPES, GATES, SHAPES, STEP_SHAPES, Case, all_cases
+from bench.registry import (
+    DTYPES,
+    GATES,
+    SHAPES,
+    STEP_SHAPES,
+    VARIANT_SHAPE,
+    VARIANTS,
+    Case,
+    all_cases,
+    plain_cases,
+    variant_cases,
+)
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 README = ROOT / "README.md"
+VARIANTS_PAGE = ROOT / "docs" / "variants.md"
 REPORT = ROOT / "bench" / "report"
 NAMES = {
+    "plain": "plain cell",
+    "fp32": "fastrnn fp32",
     "torch": "torch.nn",
     "onnxruntime": "ONNX Runtime",
     "openvino": "OpenVINO",
@@ -32,6 +47,7 @@ NAMES = {
 # Rows where others had more than this share of the CPUs are named: torch.nn then takes up to a hundred times longer.
 NEIGHBOURS_ALLOWED = 0.05
 Row = dict[str, Any]
+Maker = Callable[[dict[str, Row], str], str | None]
 
 
 def markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
@@ -68,14 +84,24 @@ def _compared(rows: Iterable[Row | None]) -> list[str]:
     return [peer for peer in NAMES if peer in present]
 
 
+def _pairs(cases: Mapping[str, Case], rows: dict[str, Row]) -> dict[str, list[Row | None]]:
+    """By label: the case's rows in modes forward and training, where there is one of them."""
+    lines = {}
+    for label, case in cases.items():
+        pair = [rows.get(replace(case, mode=mode).id) for mode in ("forward", "training")]
+        if any(pair):
+            lines[f"{label}{_backend(pair)}"] = pair
+    return lines
+
+
 def sequence_table(rows: dict[str, Row], dtype: str) -> str | None:
     """Whole sequences, forward and training, a line for each cell and shape."""
-    lines: dict[str, list[Row | None]] = {}
-    for cell in GATES:
-        for name, shape in SHAPES.items():
-            pair = [rows.get(Case(cell, name, mode, dtype).id) for mode in ("forward", "training")]
-            if any(pair):
-                lines[f"{cell.upper()} {', '.join(map(str, shape))}{_backend(pair)}"] = pair
+    cases = {
+        f"{cell.upper()} {', '.join(map(str, shape))}": Case(cell, name, "forward", dtype)
+        for cell in GATES
+        for name, shape in SHAPES.items()
+    }
+    lines = _pairs(cases, rows)
     if not lines:
         return None
     forward, training = (_compared(pair[mode] for pair in lines.values()) for mode in (0, 1))
@@ -88,6 +114,31 @@ def sequence_table(rows: dict[str, Row], dtype: str) -> str | None:
             for label, pair in lines.items()
         ),
     )
+
+
+def variant_table(rows: dict[str, Row], dtype: str) -> str | None:
+    """The variants, forward and training: our median, over that of the plain cell, and the peers' over ours."""
+    cases = {
+        f"{cell.upper()}, {variant.title}": Case(cell, VARIANT_SHAPE, "forward", dtype, name)
+        for cell in GATES
+        for name, variant in VARIANTS.items()
+    }
+    lines = _pairs(cases, rows)
+    if not lines:
+        return None
+    header = [f"{dtype}; B, T, I, H = {', '.join(map(str, SHAPES[VARIANT_SHAPE]))}"]
+    body = [[label] for label in lines]
+    for mode, name in enumerate(("forward", "training")):
+        peers = [peer for peer in _compared(pair[mode] for pair in lines.values()) if peer != "plain"]
+        header += [f"{name}, ms", "cost", *(f"{NAMES[peer]} ×" for peer in peers)]
+        for line, pair in zip(body, lines.values(), strict=True):
+            time, *ratios = _times(pair[mode], peers)
+            line += [time, _cost(pair[mode]), *ratios]
+    return markdown(header, body)
+
+
+def _cost(row: Row | None) -> str:
+    return "–" if row is None else f"{1 / row['ratios']['plain']:.2f}"
 
 
 def step_table(rows: dict[str, Row], dtype: str) -> str | None:
@@ -118,21 +169,38 @@ def provenance(data: dict[str, Any]) -> str:
     return f"{device}; {packages}; measured at {', '.join(commits)}.{warning}"
 
 
-def readme_table(files: Sequence[dict[str, Any]]) -> str:
-    """What stands between README.md's markers."""
+def _of(data: dict[str, Any], cases: Iterable[Case]) -> dict[str, Any]:
+    """The results of these cases only."""
+    rows = {case.id: data["rows"][case.id] for case in cases if case.id in data["rows"]}
+    used = {row["run"] for row in rows.values()}
+    return data | {"rows": rows, "runs": {id: run for id, run in data["runs"].items() if id in used}}
+
+
+def _tables(files: Sequence[dict[str, Any]], cases: Sequence[Case], makers: Sequence[Maker]) -> str:
     parts = []
-    for data in files:
-        tables = [table(data["rows"], dtype) for dtype in DTYPES for table in (sequence_table, step_table)]
-        parts += [provenance(data), *(table for table in tables if table)]
+    for data in (_of(data, cases) for data in files):
+        if data["rows"]:
+            tables = [maker(data["rows"], dtype) for dtype in DTYPES for maker in makers]
+            parts += [provenance(data), *(table for table in tables if table)]
     return "\n\n".join(parts) if parts else "No results yet: `make bench` measures them."
 
 
-def with_table(readme: str, table: str) -> str:
-    """The README's text with the table between its markers; ValueError where it does not have both once, in order."""
-    head, begin, rest = readme.partition(BEGIN)
+def readme_table(files: Sequence[dict[str, Any]]) -> str:
+    """What stands between README.md's markers."""
+    return _tables(files, plain_cases(), [sequence_table, step_table])
+
+
+def variants_page_table(files: Sequence[dict[str, Any]]) -> str:
+    """What stands between the markers of docs/variants.md."""
+    return _tables(files, variant_cases(), [variant_table])
+
+
+def with_table(text: str, table: str, page: str) -> str:
+    """The page's text with the table between its markers; ValueError where it does not have both once, in order."""
+    head, begin, rest = text.partition(BEGIN)
     _, end, tail = rest.partition(END)
     if not begin or not end or BEGIN in rest or END in tail:
-        raise ValueError(f"README.md must have {BEGIN} and after it {END}, each once")
+        raise ValueError(f"{page} must have {BEGIN} and after it {END}, each once")
     return f"{head}{BEGIN}\n{table}\n{END}{tail}"
 
 
@@ -166,12 +234,14 @@ def draw(data: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    rows = data["rows"]
-    modes = [mode for mode in ("forward", "training", "step") if any(f"-{mode}-" in id for id in rows)]
-    figure, axes = plt.subplots(len(modes), 2, figsize=(14, 4 * len(modes)), squeeze=False, layout="constrained")
-    for mode, (left, right) in zip(modes, axes, strict=True):
-        shown = {case: rows[case.id] for case in all_cases() if case.mode == mode and case.id in rows}
-        labels = [f"{case.cell} {case.shape} {case.dtype}" for case in shown]
+    groups: dict[str, dict[str, Row]] = {}
+    for case in all_cases():
+        if case.id in data["rows"]:
+            title = f"{case.mode}, {case.dtype}{', variants' if case.variant else ''}"
+            label = f"{case.cell} {case.variant or case.shape}"
+            groups.setdefault(title, {})[label] = data["rows"][case.id]
+    figure, axes = plt.subplots(len(groups), 2, figsize=(14, 4 * len(groups)), squeeze=False, layout="constrained")
+    for (title, shown), (left, right) in zip(groups.items(), axes, strict=True):
         peers = _compared(shown.values())
         width = 0.8 / max(len(peers), 1)
         for i, peer in enumerate(peers):
@@ -179,37 +249,39 @@ def draw(data: dict[str, Any], path: Path) -> None:
             places = [x + (i - len(peers) / 2) * width for x in range(len(shown))]
             left.bar(places, heights, width, 1.0, label=NAMES[peer])
         left.axhline(1.0, color="black", linewidth=0.8)
-        left.set(yscale="log", title=f"{mode}: time over fastrnn's")
-        left.set_xticks(range(len(shown)), labels, rotation=60, ha="right")
+        left.set(yscale="log", title=f"{title}: time over fastrnn's")
+        left.set_xticks(range(len(shown)), list(shown), rotation=60, ha="right")
         left.legend()
         if not any("fraction" in row for row in shown.values()):
             right.set_axis_off()
             continue
         right.bar(range(len(shown)), [row.get("fraction", 0.0) for row in shown.values()])
-        right.set(title=f"{mode}: fastrnn's share of the machine's limit", ylim=(0, 1.05))
-        right.set_xticks(range(len(shown)), labels, rotation=60, ha="right")
+        right.set(title=f"{title}: fastrnn's share of the machine's limit", ylim=(0, 1.05))
+        right.set_xticks(range(len(shown)), list(shown), rotation=60, ha="right")
     figure.suptitle(provenance(data), fontsize=9, wrap=True)
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
 
 def compare(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """Cases of both files: our medians, their ratio, and that of torch.nn, which tells how much the machine changed."""
+    """Cases of both files: our medians, their ratio, and that of torch.nn, or for a variant that torch.nn does not have
+    of the plain cell, which tells how much the machine changed."""
     lines = []
     for id in (id for id in new["rows"] if id in old["rows"]):
-        before, after = (data["rows"][id] for data in (old, new))
-        ours, torch = ([row["peers"][peer]["median"] for row in (before, after)] for peer in ("fastrnn", "torch"))
+        rows = [data["rows"][id] for data in (old, new)]
+        other = "torch" if all("torch" in row["peers"] for row in rows) else "plain"
+        ours, others = ([row["peers"][peer]["median"] for row in rows] for peer in ("fastrnn", other))
         lines.append(
-            [id, f"{ours[0]:.4g}", f"{ours[1]:.4g}", f"{ours[0] / ours[1]:.2f}", f"{torch[0] / torch[1]:.2f}"]
-            + [f"{row['ratios']['torch']:.2f}" for row in (before, after)]
+            [id, f"{ours[0]:.4g}", f"{ours[1]:.4g}", f"{ours[0] / ours[1]:.2f}"]
+            + [NAMES[other], f"{others[0] / others[1]:.2f}", *(f"{row['ratios'][other]:.2f}" for row in rows)]
         )
-    header = ["case", "old, ms", "new, ms", "speed-up", "torch's", "torch × old", "torch × new"]
+    header = ["case", "old, ms", "new, ms", "speed-up", "other", "its speed-up", "other × old", "other × new"]
     return markdown(header, lines) if lines else "The two files have no case in common."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description="Tables and pictures of bench/results.")
-    parser.add_argument("--check", action="store_true", help="only tell whether README.md is what the results give")
+    parser.add_argument("--check", action="store_true", help="only tell whether the pages are what the results give")
     parser.add_argument("--compare", nargs="+", type=Path, metavar="FILE", help="OLD, or OLD and NEW results files")
     options = parser.parse_args(arguments)
     if options.compare:
@@ -221,18 +293,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
 
     files = results.load_all(results.folder())
-    present = README.read_text()
-    wanted = with_table(present, readme_table(files))
-    if options.check:
+    stale = {}
+    for page, table in ((README, readme_table(files)), (VARIANTS_PAGE, variants_page_table(files))):
+        present = page.read_text()
+        wanted = with_table(present, table, page.name)
         if present != wanted:
-            print("README.md's table is not what bench/results gives: run python -m bench.report", file=sys.stderr)
-        return int(present != wanted)
-    README.write_text(wanted)
+            stale[page] = wanted
+    if options.check:
+        for page in stale:
+            print(f"{page.name}'s table is not what bench/results gives: run python -m bench.report", file=sys.stderr)
+        return int(bool(stale))
+    for page, wanted in stale.items():
+        page.write_text(wanted)
     REPORT.mkdir(exist_ok=True)
     for data in files:
         (REPORT / f"{data['machine']}.md").write_text(details(data))
         draw(data, REPORT / f"{data['machine']}.png")
-    print(f"wrote {README} and {REPORT}")
+    print(f"wrote {README}, {VARIANTS_PAGE} and {REPORT}")
     return 0
 
 

@@ -106,7 +106,7 @@ Norm norm_at(const Norms& norms, int index) {
 class Layout {
  public:
   Layout(int cell, bool reverse, int64_t steps, int64_t batch, int64_t input_size, int64_t hidden_size,
-         uintptr_t lengths, uintptr_t batch_sizes, uintptr_t resets, Strides reset_strides, float zoneout,
+         uintptr_t lengths, uintptr_t batch_sizes, uintptr_t resets, Strides reset_strides, double zoneout,
          std::optional<uint64_t> zoneout_seed, uintptr_t recurrent_mask, bool bf16)
       : kernels(kernels_for(bf16)), active_(steps, batch), row_base_(steps + 1, 0), packed_(batch_sizes != 0) {
     if (packed_) {
@@ -302,7 +302,7 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<int, int64_t, int64_t, bool, bool>())
       .def("prepare", &PackedWeight::prepare);
   py::class_<Layout>(m, "Layout")
-      .def(py::init<int, bool, int64_t, int64_t, int64_t, int64_t, uintptr_t, uintptr_t, uintptr_t, Strides, float,
+      .def(py::init<int, bool, int64_t, int64_t, int64_t, int64_t, uintptr_t, uintptr_t, uintptr_t, Strides, double,
                     std::optional<uint64_t>, uintptr_t, bool>());
   m.def("forward", &forward);
   m.def("backward", &backward);

@@ -1,8 +1,9 @@
-"""The benchmarks' results files, tables and checks; README.md's table is what bench/results gives."""
+"""The benchmarks' results files, tables and checks; the tables in the pages are what bench/results gives."""
 
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -14,11 +15,18 @@ import torch
 from bench import check, machine, peers, registry, report, results, timing
 
 LSTM, STEP = registry.Case("lstm", "c", "forward"), registry.Case("gru", "step1", "step")
+BF16 = registry.Case("lstm", "c", "training", "bf16")
+RESETS, PACKED = (registry.Case("gru", "c", "training", "fp32", variant) for variant in ("resets", "packed"))
 RUN = {"device": "Some CPU", "threads": 2, "isa": "avx2", "versions": {"torch": "2.13.0"}, "commit": "abc"}
 
 
 def row(case: registry.Case, ours: float = 0.010, torch: float = 0.013, neighbours: float | None = 0.01, backend="cpu"):
     times = {"fastrnn": [ours] * 7, "torch": [torch] * 7}
+    if case.baseline:
+        times[case.baseline[0]] = [0.008] * 7
+    if case.variant == "resets":
+        del times["torch"]
+        times["loop"] = [0.1] * 7
     rates = {"gflops": [540.0] * 7} if case.bound == "arithmetic" else {}
     entries = check.Entries({}, dict.fromkeys(times, 1e-7), {"jax": "not installed: jax"}, backend)
     return timing.make_row(case, times, rates, entries, neighbours)
@@ -31,31 +39,45 @@ def measured(*cases: registry.Case, run_id: str = "2026-11-20T10:00:00Z", **figu
     return data
 
 
-def test_readme_table_is_what_the_results_give():
+def test_tables_are_what_the_results_give():
     assert report.main(["--check"]) == 0
 
 
-def test_check_finds_a_typed_figure(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def pages(tmp_path, monkeypatch):
+    """README.md, docs/variants.md, results and report in a folder of their own, the pages without a table."""
     monkeypatch.setenv("FASTRNN_BENCH_RESULTS", str(tmp_path / "results"))
-    monkeypatch.setattr(report, "README", tmp_path / "README.md")
-    results.save(tmp_path / "results" / "some-cpu-2t.json", measured(LSTM))
-    text = report.with_table(f"# x\n{report.BEGIN}{report.END}\nend\n", report.readme_table([measured(LSTM)]))
-    report.README.write_text(text)
-    assert report.main(["--check"]) == 0
-    report.README.write_text(text.replace("1.30", "1.31"))
-    assert report.main(["--check"]) == 1
-    assert "run python -m bench.report" in capsys.readouterr().err
-
-
-def test_report_writes_table_details_and_picture(tmp_path, monkeypatch):
-    monkeypatch.setenv("FASTRNN_BENCH_RESULTS", str(tmp_path / "results"))
-    monkeypatch.setattr(report, "README", tmp_path / "README.md")
     monkeypatch.setattr(report, "REPORT", tmp_path / "report")
+    for name in ("README", "VARIANTS_PAGE"):
+        page = tmp_path / getattr(report, name).name
+        page.write_text(f"above\n{report.BEGIN}\nold\n{report.END}\nbelow\n")
+        monkeypatch.setattr(report, name, page)
+    return tmp_path
+
+
+@pytest.mark.parametrize(("page", "figure"), [("README", "1.30"), ("VARIANTS_PAGE", "1.25")])
+def test_check_finds_a_typed_figure(page, figure, pages, capsys):
+    results.save(pages / "results" / "some-cpu-2t.json", measured(LSTM, RESETS))
+    assert report.main(["--check"]) == 1
+    assert report.main([]) == 0
+    assert report.main(["--check"]) == 0
+    path = getattr(report, page)
+    text = path.read_text()
+    assert text.count(figure) == 1
+    path.write_text(text.replace(figure, "1.31"))
+    capsys.readouterr()
+    assert report.main(["--check"]) == 1
+    err = capsys.readouterr().err
+    assert err == f"{path.name}'s table is not what bench/results gives: run python -m bench.report\n"
+
+
+def test_report_writes_table_details_and_picture(pages):
+    tmp_path = pages
     results.save(tmp_path / "results" / "some-cpu-2t.json", measured(LSTM, STEP))
-    report.README.write_text(f"above\n{report.BEGIN}\nold\n{report.END}\nbelow\n")
     assert report.main([]) == 0
     readme = report.README.read_text()
     assert readme.startswith("above\n") and readme.endswith("\nbelow\n") and "old" not in readme
+    assert "No results yet" in report.VARIANTS_PAGE.read_text()
     # 2*T*B*4H*(I+H) operations in 10 ms are 671 GFLOP/s, of a limit of 540.
     assert "| LSTM 16, 100, 512, 512 | 10 | 1.30 | 124% | – | – |" in readme
     assert "| GRUCell 1, 256, 256 | 10000 | 1.30 |" in readme
@@ -66,6 +88,37 @@ def test_report_writes_table_details_and_picture(tmp_path, monkeypatch):
     assert (tmp_path / "report" / "some-cpu-2t.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_variants_have_a_table_of_their_own(pages):
+    """8 ms the plain cell, 10 ms ours, 13 ms torch.nn's and 100 ms the loop's."""
+    data = measured(LSTM, BF16, RESETS, PACKED, neighbours=0.3)
+    results.save(pages / "results" / "some-cpu-2t.json", data)
+    assert report.main([]) == 0
+    readme, page = report.README.read_text(), report.VARIANTS_PAGE.read_text()
+    assert "| fp32; B, T, I, H = 16, 100, 512, 512 | forward, ms | cost | training, ms | cost | torch.nn × |" in page
+    assert "| GRU, `resets` at 2 % of the steps | – | – | 10 | 1.25 | – | 10.00 |\n" in page
+    assert "| GRU, `PackedSequence`, lengths of 1 to T | – | – | 10 | 1.25 | 1.30 | – |\n" in page
+    assert page.count("\n| GRU") == 2 and "LSTM" not in page and "plain" not in page
+    assert "during gru-c-training-fp32-packed, gru-c-training-fp32-resets." in page
+    assert "| bf16; B, T, I, H | forward, ms | of limit | training, ms | fastrnn fp32 × | torch.nn × |" in readme
+    assert "| LSTM 16, 100, 512, 512 | – | – | 10 | 0.80 | 1.30 | 373% |\n" in readme
+    assert "GRU" not in readme and "during lstm-c-forward-fp32, lstm-c-training-bf16." in readme
+    details = (pages / "report" / "some-cpu-2t.md").read_text()
+    assert "| gru-c-training-fp32-resets | plain | 8 | 8 to 8 | 0.80 |" in details
+    assert (pages / "report" / "some-cpu-2t.png").exists()
+
+
+def test_a_variant_on_another_back_end_is_named():
+    assert "| GRU, `resets` at 2 % of the steps (reference) |" in report.variants_page_table(
+        [measured(RESETS, backend="reference")]
+    )
+
+
+def test_tables_name_the_runs_of_their_rows_only():
+    data = results.merge(measured(LSTM), "2026-11-21T10:00:00Z", RUN | {"commit": "def"}, RESETS, row(RESETS))
+    assert "measured at abc on 2026-11-20." in report.readme_table([data])
+    assert "measured at def on 2026-11-21." in report.variants_page_table([data])
+
+
 @pytest.mark.parametrize(
     "text",
     ["", report.BEGIN, f"{report.END} {report.BEGIN}", 2 * f"{report.BEGIN}{report.END}"],
@@ -73,11 +126,12 @@ def test_report_writes_table_details_and_picture(tmp_path, monkeypatch):
 )
 def test_readme_without_its_markers_is_an_error(text):
     with pytest.raises(ValueError, match=r"README\.md must have <!-- bench:begin --> and after it"):
-        report.with_table(text, "table")
+        report.with_table(text, "table", "README.md")
 
 
 def test_no_results_yet():
     assert "make bench" in report.readme_table([])
+    assert "make bench" in report.variants_page_table([measured(LSTM)])
 
 
 def test_merging_replaces_whole_rows_and_drops_what_nothing_names():
@@ -120,10 +174,12 @@ def test_neighbours_are_seen():
 
 def test_compare(tmp_path, capsys):
     old, new = tmp_path / "old.json", tmp_path / "new.json"
-    results.save(old, measured(LSTM, STEP, ours=0.010, torch=0.02))
-    results.save(new, measured(LSTM, ours=0.005, torch=0.01))
+    results.save(old, measured(LSTM, STEP, RESETS, ours=0.010, torch=0.02))
+    results.save(new, measured(LSTM, RESETS, ours=0.005, torch=0.01))
     assert report.main(["--compare", str(old), str(new)]) == 0
-    assert "| lstm-c-forward-fp32 | 10 | 5 | 2.00 | 2.00 | 2.00 | 2.00 |" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "| lstm-c-forward-fp32 | 10 | 5 | 2.00 | torch.nn | 2.00 | 2.00 | 2.00 |" in out
+    assert "| gru-c-training-fp32-resets | 10 | 5 | 2.00 | plain cell | 1.00 | 0.80 | 1.60 |" in out
     assert "no case in common" in report.compare(measured(STEP), measured(LSTM))
 
 
@@ -146,11 +202,35 @@ def test_machine_slug(device, cap, name):
     assert machine.slug(device, 2, cap) == name
 
 
-@pytest.mark.parametrize(("variable", "choose"), [("SHAPES", registry.chosen_cases), ("PEERS", peers.chosen_peers)])
-def test_unknown_selection_is_an_error(variable, choose, monkeypatch):
+@pytest.mark.parametrize(
+    ("variable", "choose", "of"),
+    [("SHAPES", registry.chosen, registry.all_cases()), ("PEERS", peers.chosen_peers, LSTM)],
+    ids=["SHAPES", "PEERS"],
+)
+def test_unknown_selection_is_an_error(variable, choose, of, monkeypatch):
     monkeypatch.setenv(f"FASTRNN_BENCH_{variable}", "nonsense")
     with pytest.raises(ValueError, match=f"FASTRNN_BENCH_{variable} must name .*, got 'nonsense'"):
-        choose()
+        choose(of)
+
+
+def test_loops_run_where_they_are_wanted(monkeypatch):
+    monkeypatch.delenv("FASTRNN_BENCH_PEERS", raising=False)
+    assert "loop" not in peers.chosen_peers(LSTM) and "loop" in peers.chosen_peers(RESETS)
+    monkeypatch.setenv("FASTRNN_BENCH_PEERS", "compiled_loop")
+    for case in (LSTM, RESETS):
+        assert peers.chosen_peers(case) == ["fastrnn", "torch", "compiled_loop"]
+
+
+def test_cases():
+    ids = [case.id for case in registry.all_cases()]
+    assert len(set(ids)) == len(ids)
+    assert {"rnn-a-forward-fp32", "gru-e-training-bf16", "lstm-step16-step-fp32"} < set(ids)
+    assert "lstm-c-training-fp32-layer_norm" in ids
+    assert "gru-c-forward-fp32-reset_before" in ids and "lstm-c-forward-fp32-reset_before" not in ids
+    assert not [id for id in ids if "forward" in id and id.endswith("dropout")]
+    assert LSTM.baseline is None
+    assert BF16.baseline == ("fp32", registry.Case("lstm", "c", "training"))
+    assert RESETS.baseline == ("plain", registry.Case("gru", "c", "training"))
 
 
 def test_operations_and_bytes():
@@ -159,17 +239,27 @@ def test_operations_and_bytes():
     assert registry.Case("gru", "b", "forward").streamed_bytes == 100 * 3 * 1024 * 1024 * 4
     assert [registry.Case("rnn", shape, "forward").bound for shape in "abcde"] == ["weights"] * 2 + ["arithmetic"] * 3
     assert STEP.bound == "latency"
+    assert BF16.weight_bytes == 4 * 512 * 512 * 2
+    assert (RESETS.lengths == 100).all() and RESETS.flops == registry.Case("gru", "c", "training").flops
+    assert 1 <= PACKED.lengths.min() and PACKED.lengths.max() <= 100 and len(PACKED.lengths.unique()) > 8
+    assert PACKED.flops == RESETS.flops * PACKED.lengths.sum().item() // 1600
 
 
-SMALL = registry.Shape(3, 5, 4, 6)
+SMALL = registry.Shape(3, 11, 4, 6)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Every case at one small shape."""
+    monkeypatch.setitem(registry.SHAPES, "small", SMALL)
+    monkeypatch.setitem(registry.STEP_SHAPES, "small", SMALL)
+    monkeypatch.setattr(registry, "VARIANT_SHAPE", "small")
 
 
 @pytest.mark.parametrize("peer", [name for name in peers.PEERS if name != "compiled_loop"])
 @pytest.mark.parametrize("mode", registry.MODES)
 @pytest.mark.parametrize("cell", registry.GATES)
-def test_peers_agree_with_fp64(cell, mode, peer, monkeypatch):
-    monkeypatch.setitem(registry.SHAPES, "small", SMALL)
-    monkeypatch.setitem(registry.STEP_SHAPES, "small", SMALL)
+def test_peers_agree_with_fp64(cell, mode, peer, small, monkeypatch):
     monkeypatch.setenv("FASTRNN_BENCH_PEERS", peer)
     problem = peers.Problem(registry.Case(cell, "small", mode))
     entries = check.enter(problem)
@@ -181,7 +271,72 @@ def test_peers_agree_with_fp64(cell, mode, peer, monkeypatch):
     assert all(error < 1e-5 for error in entries.errors.values())
 
 
-def test_a_wrong_peer_is_not_timed(monkeypatch):
+@pytest.mark.parametrize("id", [case.id for case in registry.variant_cases()])
+def test_variants_agree_with_fp64(id, small, monkeypatch):
+    monkeypatch.delenv("FASTRNN_BENCH_PEERS", raising=False)
+    case = next(case for case in registry.variant_cases() if case.id == id.replace("-c-", "-small-"))
+    problem = peers.Problem(case)
+    if case.variant == "resets":
+        assert problem.arguments["resets"].any()
+    with torch.set_grad_enabled(case.mode == "training"):
+        entries = check.enter(problem)
+    assert not [reason for reason in entries.left_out.values() if reason.startswith("wrong")]
+    assert next(iter(entries.contenders)) == "fastrnn" and {"plain", "loop"} < set(entries.contenders)
+    assert ("torch" in entries.contenders) == (case.variant in ("lengths", "full_lengths", "packed"))
+    assert all(error < 1e-5 for error in entries.errors.values())
+
+
+@pytest.mark.parametrize("mode", ["forward", "training"])
+@pytest.mark.parametrize("cell", registry.GATES)
+def test_bf16_agrees_with_fp64(cell, mode, small, monkeypatch):
+    monkeypatch.delenv("FASTRNN_BENCH_PEERS", raising=False)
+    with torch.set_grad_enabled(mode == "training"):
+        entries = check.enter(peers.Problem(registry.Case(cell, "small", mode, "bf16")))
+    assert not [reason for reason in entries.left_out.values() if reason.startswith("wrong")]
+    assert list(entries.contenders)[:2] == ["fastrnn", "torch"] and "fp32" in entries.contenders
+    assert entries.errors["fp32"] < 1e-5 < entries.errors["torch"] < 0.05
+
+
+def test_variants_are_not_the_plain_cell(small):
+    """Each option makes a difference to what is checked, so that a peer without it would be found wrong."""
+    for case in registry.variant_cases():
+        with torch.set_grad_enabled(case.mode == "training"):
+            variant, plain = (peers.Problem(c).reference() for c in (case, case.baseline[1]))
+        if case.variant == "packed":
+            assert len(variant["y"]) == case.lengths.sum()
+        else:
+            difference = (variant["y"] - plain["y"]).abs().max().item()
+            assert difference < 1e-12 if case.variant == "full_lengths" else difference > 1e-3
+
+
+def test_a_loop_with_other_masks_is_left_out(small, monkeypatch):
+    masks = peers.Problem.zoneout_masks
+    monkeypatch.setattr(peers.Problem, "zoneout_masks", lambda problem: ~masks(problem))
+    monkeypatch.setenv("FASTRNN_BENCH_PEERS", "loop")
+    entries = check.enter(peers.Problem(registry.Case("gru", "small", "training", "fp32", "zoneout")))
+    assert entries.left_out["loop"].startswith("wrong result: y is off by")
+
+
+def test_compiling_has_a_limit():
+    """The limit goes off on an alarm, and gives back the alarm that it found."""
+    rung = []
+    handler = signal.signal(signal.SIGALRM, lambda *_: rung.append(True))
+    left, interval = signal.setitimer(signal.ITIMER_REAL, 100)
+    try:
+        with pytest.raises(peers.Unsupported, match=r"torch\.compile takes more than 0\.1 s"):
+            peers._compile(peers.Contender(lambda: time.sleep(10), dict), 0.1)
+        with pytest.raises(peers.Unsupported, match=r"torch\.compile failed: ZeroDivisionError"):
+            peers._compile(peers.Contender(lambda: 1 / 0, dict), 10)
+        peers._compile(peers.Contender(lambda: None, dict), 10)
+        assert 90 < signal.getitimer(signal.ITIMER_REAL)[0] <= 100
+        signal.raise_signal(signal.SIGALRM)
+        assert rung == [True]
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, left, interval)
+        signal.signal(signal.SIGALRM, handler)
+
+
+def test_a_wrong_peer_is_not_timed(small, monkeypatch):
     """Wrong in one weight of gate g: too little to see in a time, far more than rounding."""
 
     def tampered(problem: peers.Problem) -> peers.Contender:
@@ -189,9 +344,8 @@ def test_a_wrong_peer_is_not_timed(monkeypatch):
         layer.load_state_dict(problem.layer.state_dict())
         with torch.no_grad():
             layer.weight_hh_l0[2 * SMALL.hidden_size, 0] += 0.01
-        return peers.torch_contender(layer, problem.case.mode, problem.x, problem.state, problem.grad_y)
+        return peers.torch_contender(layer, problem.case.mode, problem.x, problem.state, problem.grad_y, {})
 
-    monkeypatch.setitem(registry.SHAPES, "small", SMALL)
     problem = peers.Problem(registry.Case("lstm", "small", "training"))
     monkeypatch.setitem(peers.PEERS, "jax", tampered)
     monkeypatch.setenv("FASTRNN_BENCH_PEERS", "jax")

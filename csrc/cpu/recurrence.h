@@ -24,7 +24,7 @@ struct Problem {
   const int64_t* order;     // [B], or null: row i is batch entry i
   const uint8_t* resets;    // [T, B] by the strides below, or null
   int64_t reset_stride_t, reset_stride_b;
-  float zoneout;        // probability; in expectation unless random
+  double zoneout;       // probability; in expectation unless random
   bool zoneout_random;
   uint64_t zoneout_seed;
   const float* recurrent_mask;  // [B, H] or null

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.utils.deterministic
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.utils.weak import WeakIdKeyDictionary
 
 from fastrnn.backends import native
 from fastrnn.backends.call import RecurrenceCall
@@ -35,8 +35,9 @@ KERNEL_OPTIONS = frozenset(
     }
 )
 
-# Panels of weights, kept as long as the weight lives: (cell, hidden) -> PackedWeight.
-_packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+# Panels of weights, kept as long as the weight's storage lives: what _pack's key says -> PackedWeight. Not by tensor: a
+# weak reference to a parameter keeps torch from swapping it (torch.utils.swap_tensors).
+_packed: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def reasons_against(call: RecurrenceCall) -> list[str]:
@@ -164,10 +165,11 @@ def _pack(
     weight: Tensor, dtype: torch.dtype, cell: str, gates: int, hidden_weight: bool, backward: bool, reuse: bool
 ) -> Any:
     """The weight in the panels of the kernels for this dtype."""
-    per_weight = _packed.get(weight)
+    storage = weight.untyped_storage()
+    per_weight = _packed.get(storage)
     if per_weight is None:
-        per_weight = _packed[weight] = {}
-    key = (cell, tuple(weight.shape), hidden_weight, dtype)
+        per_weight = _packed[storage] = {}
+    key = (cell, tuple(weight.shape), weight.stride(), weight.storage_offset(), hidden_weight, dtype)
     packed = per_weight.get(key)
     if packed is None:
         library = native.load()

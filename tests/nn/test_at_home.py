@@ -330,6 +330,20 @@ def test_double_backward_under_autocast() -> None:
 
 
 @pytest.mark.parametrize("cls", LAYERS)
+def test_parameters_can_be_swapped_after_use(cls: type[nn.Module]) -> None:
+    layer, x = cls(3, 4), torch.randn(5, 2, 3)
+    with torch.no_grad():
+        layer(x)
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        layer.double()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(before)
+    assert first(layer(x.double())).dtype == torch.float64
+
+
+@pytest.mark.parametrize("cls", LAYERS)
 def test_lengths_are_a_packed_sequence_without_the_packing(cls: type[nn.Module]) -> None:
     layer, lengths = cls(3, 4, num_layers=2, bidirectional=True, batch_first=True), torch.tensor([2, 5, 1])
     x = torch.randn(3, 5, 3)
