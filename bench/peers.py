@@ -301,7 +301,7 @@ class _Loop(_Around):
             "norm_c": self._affine("c"),
         }
         of_steps: dict[str, Tensor] = {}
-        # The masks are the layer's own, so that the results can be compared; torch.dropout takes 16 ms for weight_hh here.
+        # The masks are the layer's own, so that results can be compared; torch.dropout takes 16 ms for this weight_hh.
         if self.training and "weight_dropout" in self.options:
             weights["weight_hh"] = dropout(layer.weight_hh_l0, self.options["weight_dropout"], draw_seed())
         if self.training and "recurrent_dropout" in self.options:
