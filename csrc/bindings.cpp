@@ -105,7 +105,7 @@ Norm norm_at(const Norms& norms, int index) {
 // Where the rows of a call lie and which of them take part in each step.
 class Layout {
  public:
-  Layout(int cell, bool reverse, int64_t steps, int64_t batch, int64_t input_size, int64_t hidden_size,
+  Layout(int cell, bool reverse, int64_t steps, int64_t batch, int64_t input_size, int64_t hidden_size, int64_t output_size,
          uintptr_t lengths, uintptr_t batch_sizes, uintptr_t resets, Strides reset_strides, double zoneout,
          std::optional<uint64_t> zoneout_seed, uintptr_t recurrent_mask, bool bf16)
       : kernels(kernels_for(bf16)), active_(steps, batch), row_base_(steps + 1, 0), packed_(batch_sizes != 0) {
@@ -129,6 +129,7 @@ class Layout {
                batch,
                input_size,
                hidden_size,
+               output_size,
                active_.data(),
                row_base_.data(),
                order_.empty() ? nullptr : order_.data(),
@@ -158,14 +159,15 @@ class Layout {
 };
 
 void forward(const Layout& layout, uintptr_t x, Strides x_strides, const PackedWeight* weight_ih,
-             const PackedWeight& weight_hh, uintptr_t bias_ih, uintptr_t bias_hh, uintptr_t h0, uintptr_t c0,
-             uintptr_t y, Strides y_strides, uintptr_t h_n, uintptr_t c_n, uintptr_t saved, uintptr_t c_all,
+             const PackedWeight& weight_hh, const PackedWeight* weight_hr, uintptr_t bias_ih, uintptr_t bias_hh, uintptr_t h0, uintptr_t c0,
+             uintptr_t y, Strides y_strides, uintptr_t h_n, uintptr_t c_n, uintptr_t saved, uintptr_t c_all, Strides c_strides,
              const Norms& norms, uintptr_t norm_saved, int threads) {
-  std::vector<int64_t> x_offsets, y_offsets;
+  std::vector<int64_t> x_offsets, y_offsets, c_offsets;
   const ForwardArgs args{pointer(x),
                          layout.rows(x_strides, x_offsets),
                          weight_ih ? weight_ih->panels(false) : nullptr,
                          weight_hh.panels(false),
+                         weight_hr ? weight_hr->panels(false) : nullptr,
                          pointer(bias_ih),
                          pointer(bias_hh),
                          pointer(h0),
@@ -176,6 +178,7 @@ void forward(const Layout& layout, uintptr_t x, Strides x_strides, const PackedW
                          pointer(c_n),
                          pointer(saved),
                          pointer(c_all),
+                         layout.rows(c_strides, c_offsets),
                          norm_at<Norm, const float>(norms, 0),
                          norm_at<Norm, const float>(norms, 1),
                          norm_at<Norm, const float>(norms, 2),
@@ -185,12 +188,13 @@ void forward(const Layout& layout, uintptr_t x, Strides x_strides, const PackedW
 }
 
 void backward(const Layout& layout, uintptr_t dy, Strides dy_strides, uintptr_t dh_n, uintptr_t dc_n,
-              uintptr_t dc_all, Strides dc_all_strides, uintptr_t x, Strides x_strides, const PackedWeight* weight_ih, const PackedWeight& weight_hh, uintptr_t h0,
-              uintptr_t c0, uintptr_t y, Strides y_strides, uintptr_t saved, uintptr_t c_all, uintptr_t dx,
-              Strides dx_strides, uintptr_t dweight_ih, uintptr_t dweight_hh, uintptr_t dbias_ih, uintptr_t dbias_hh,
-              uintptr_t dh0, uintptr_t dc0, const Norms& norms, uintptr_t norm_saved, const Norms& dnorms,
+              uintptr_t dc_all, Strides dc_all_strides, uintptr_t x, Strides x_strides, const PackedWeight* weight_ih, const PackedWeight& weight_hh,
+              const PackedWeight* weight_hr, uintptr_t h0,
+              uintptr_t c0, uintptr_t y, Strides y_strides, uintptr_t saved, uintptr_t c_all, Strides c_strides, uintptr_t dx,
+              Strides dx_strides, uintptr_t dweight_ih, uintptr_t dweight_hh, uintptr_t dweight_hr,
+              uintptr_t dbias_ih, uintptr_t dbias_hh, uintptr_t dh0, uintptr_t dc0, const Norms& norms, uintptr_t norm_saved, const Norms& dnorms,
               int threads) {
-  std::vector<int64_t> dy_offsets, dc_all_offsets, x_offsets, y_offsets, dx_offsets;
+  std::vector<int64_t> dy_offsets, dc_all_offsets, x_offsets, y_offsets, c_offsets, dx_offsets;
   const BackwardArgs args{pointer(dy),
                           layout.rows(dy_strides, dy_offsets),
                           pointer(dh_n),
@@ -201,16 +205,19 @@ void backward(const Layout& layout, uintptr_t dy, Strides dy_strides, uintptr_t 
                           layout.rows(x_strides, x_offsets),
                           weight_ih ? weight_ih->panels(true) : nullptr,
                           weight_hh.panels(true),
+                          weight_hr ? weight_hr->panels(true) : nullptr,
                           pointer(h0),
                           pointer(c0),
                           pointer(y),
                           layout.rows(y_strides, y_offsets),
                           pointer(saved),
                           pointer(c_all),
+                          layout.rows(c_strides, c_offsets),
                           pointer(dx),
                           layout.rows(dx_strides, dx_offsets),
                           pointer(dweight_ih),
                           pointer(dweight_hh),
+                          pointer(dweight_hr),
                           pointer(dbias_ih),
                           pointer(dbias_hh),
                           pointer(dh0),
@@ -302,7 +309,7 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<int, int64_t, int64_t, bool, bool>())
       .def("prepare", &PackedWeight::prepare);
   py::class_<Layout>(m, "Layout")
-      .def(py::init<int, bool, int64_t, int64_t, int64_t, int64_t, uintptr_t, uintptr_t, uintptr_t, Strides, double,
+      .def(py::init<int, bool, int64_t, int64_t, int64_t, int64_t, int64_t, uintptr_t, uintptr_t, uintptr_t, Strides, double,
                     std::optional<uint64_t>, uintptr_t, bool>());
   m.def("forward", &forward);
   m.def("backward", &backward);

@@ -104,25 +104,28 @@ class Backward {
         args_(args),
         panels_(ceil_div(problem.hidden_size, kColumns)),
         vectors_(ceil_div(problem.hidden_size, kLanes)),
+        h_panels_(ceil_div(problem.output_size, kColumns)),
         x_panels_(args.weight_ih || args.dweight_ih ? ceil_div(problem.input_size, kColumns) : 0),
         deal_(deal_recurrence(problem, panels_, threads)),
         barrier_(deal_.slots),
         chunk_rows_(largest_chunk(problem)),
         chunk_words_(words(chunk_rows_)),
+        dh_stride_(args.weight_hr ? padded(words(problem.output_size)) : 0),
         gate_stride_(gate_stride(problem.hidden_size)),
         blocks_(norms() ? 2 * kGates : gradient_count(cell)),
         gradient_stride_(padded(blocks_ * gate_stride_ / kPerWord)),
-        state_stride_(panels_ * kColumns),
-        tiles_(ceil_div(problem.hidden_size, kTile)),
+        state_stride_(larger(panels_, h_panels_) * kColumns),
+        tiles_(ceil_div(larger(problem.hidden_size, problem.output_size), kTile)),
         tile_words_(kTile * chunk_words_),
-        slot_floats_(blocks_ * (ceil_div(tiles_, deal_.slots) + 1) * tile_words_ +
+        slot_floats_((blocks_ + (args.weight_hr ? 1 : 0)) * (ceil_div(tiles_, deal_.slots) + 1) * tile_words_ +
                      product_floats() + ceil_div(x_panels_, deal_.slots) * kColumns * chunk_rows_),
         gradients_(2 * chunk_rows_ * gradient_stride_),
         zoneout_(problem),
         h_carry_(kGru || zoneout_.used() ? problem.batch * state_stride_ : 0),
         c_carry_(kLstm ? problem.batch * state_stride_ : 0),
         sums_(2 * blocks_ * problem.hidden_size),
-        right_((panels_ + x_panels_ + (kResetBefore ? panels_ : 0)) * kColumns * chunk_words_),
+        right_((h_panels_ + x_panels_ + (kResetBefore || args.weight_hr ? panels_ : 0)) * kColumns * chunk_words_),
+        dh_(chunk_rows_ * dh_stride_),
         norm_work_(norms() ? problem.batch * vectors_ * kNormValues * kLanes : 0),
         norm_sums_(norms() ? deal_.slots * 2 * norm_sums_size() : 0),
         parts_hh_(args.norm_hh.weight ? problem.batch : 0, kGroups, problem.hidden_size),
@@ -139,7 +142,9 @@ class Backward {
     if (problem_.row_base[problem_.steps] == 0) {  // no step was taken, so nothing wrote them
       const int64_t rows = kGates * problem_.hidden_size;
       if (args_.dweight_ih) __builtin_memset(args_.dweight_ih, 0, rows * problem_.input_size * sizeof(float));
-      if (args_.dweight_hh) __builtin_memset(args_.dweight_hh, 0, rows * problem_.hidden_size * sizeof(float));
+      if (args_.dweight_hh) __builtin_memset(args_.dweight_hh, 0, rows * problem_.output_size * sizeof(float));
+      if (args_.dweight_hr)
+        __builtin_memset(args_.dweight_hr, 0, problem_.output_size * problem_.hidden_size * sizeof(float));
     }
   }
 
@@ -168,6 +173,8 @@ class Backward {
   Word* right_panel(int64_t panel, int64_t rows) const {
     return reinterpret_cast<Word*>(right_.data()) + panel * words(rows) * kColumns;
   }
+  // Of the third part of right_: r * h, or what is projected.
+  int64_t last_panels() const { return h_panels_ + x_panels_; }
   double* sums() const { return reinterpret_cast<double*>(sums_.data()); }
   int64_t product_floats() const { return larger(problem_.batch, kFewRows * kGroup) * kColumns; }
 
@@ -177,9 +184,10 @@ class Backward {
     const BackwardArgs& args;
     const Element *const x, *const y, *const dy;
     Element* const dx;
-    const Word *const weight_ih, *const weight_hh;
+    const Word *const weight_ih, *const weight_hh, *const weight_hr;
     int64_t begin, end;      // the slots that this thread stands for
     int64_t p0, p1, r0, r1;  // its panels of hidden units and rows
+    int64_t q0, q1;          // its panels of h: those of its units without a projection
     float *product, *dx_sums;
     Word* columns;
 
@@ -193,11 +201,14 @@ class Backward {
           dx(static_cast<Element*>(args.dx)),
           weight_ih(static_cast<const Word*>(args.weight_ih)),
           weight_hh(static_cast<const Word*>(args.weight_hh)),
+          weight_hr(static_cast<const Word*>(args.weight_hr)),
           begin(begin_in),
           end(end_in) {
       const bool by_rows = f.deal_.by_rows;
       p0 = by_rows ? 0 : share(f.panels_, begin);
       p1 = by_rows ? f.panels_ : share(f.panels_, end);
+      q0 = by_rows ? 0 : share(f.h_panels_, begin);
+      q1 = by_rows ? f.h_panels_ : share(f.h_panels_, end);
       r0 = by_rows ? share(problem.batch, begin) : 0;
       r1 = by_rows ? share(problem.batch, end) : problem.batch;
       product = f.scratch_.data() + begin * f.slot_floats_;
@@ -238,7 +249,8 @@ class Backward {
         int64_t rows = 0;
         for (int64_t step = s; step >= low; --step) {
           Word* current = chunk + (problem.row_base[time(step)] - base) * f.gradient_stride_;
-          recur(step, next, current);
+          if (weight_hr) project_gradient(step, next, base);
+          recur(step, next, current, base);
           if constexpr (kResetBefore) {
             meet();
             recur_reset(step, current);
@@ -249,6 +261,7 @@ class Backward {
         }
         gather_right(low, s, base, rows);
         gather_columns(chunk, rows);
+        if (weight_hr) gather_projected(rows);
         input_gradient(low, s, base, chunk, rows);
         wait();
         weight_gradients(rows, first);
@@ -256,7 +269,8 @@ class Backward {
         buffer ^= 1;
         s = low - 1;
       }
-      if (problem.steps > 0) recur(-1, next, nullptr);
+      if (problem.steps > 0 && weight_hr) project_gradient(-1, next, 0);
+      if (problem.steps > 0) recur(-1, next, nullptr, 0);
       if (f.norms()) {
         norm_gradients();
       } else {
@@ -272,21 +286,37 @@ class Backward {
 
     // Sequences of length 0: h_n is h0.
     void pass_through() const {
-      for (int64_t i = larger(r0, problem.steps ? problem.active[0] : 0); i < r1; ++i)
-        for (int64_t u = p0 * kColumns; u < smaller(problem.hidden_size, p1 * kColumns); ++u) {
-          const int64_t at = entry(i) * problem.hidden_size + u;
-          if (args.dh0) args.dh0[at] = args.dh_n ? args.dh_n[at] : 0.0f;
-          if (kLstm && args.dc0) args.dc0[at] = args.dc_n ? args.dc_n[at] : 0.0f;
+      for (int64_t i = larger(r0, problem.steps ? problem.active[0] : 0); i < r1; ++i) {
+        for (int64_t u = q0 * kColumns; args.dh0 && u < smaller(problem.output_size, q1 * kColumns); ++u) {
+          const int64_t at = entry(i) * problem.output_size + u;
+          args.dh0[at] = args.dh_n ? args.dh_n[at] : 0.0f;
         }
+        for (int64_t u = p0 * kColumns; kLstm && args.dc0 && u < smaller(problem.hidden_size, p1 * kColumns); ++u) {
+          const int64_t at = entry(i) * problem.hidden_size + u;
+          args.dc0[at] = args.dc_n ? args.dc_n[at] : 0.0f;
+        }
+      }
     }
 
     // dG of step s from that of step s + 1; rows that began at step s + 1 get their dh0 and dc0 instead.
-    void recur(int64_t s, const Word* next, Word* current) const {
+    // base: the first row of the chunk.
+    void recur(int64_t s, const Word* next, Word* current, int64_t base) const {
       const int64_t from = r0, coming = smaller(r1, active_at(s + 1));
       const int64_t last = larger(coming, smaller(r1, active_at(s)));
       if (from >= last) return;  // by all threads alike, where they have to meet
       const bool needed = s >= 0 || args.dh0 || args.dc0;
       if (!needed) return;
+      if (weight_hr) {
+        const int64_t depth = words(problem.output_size), now = smaller(r1, active_at(s));
+        for (int64_t p = p0; p < p1; ++p) {
+          if (now > from)
+            multiply_rows_by_panel(now - from, depth, dh_at(s, from, base), f.dh_stride_, weight_hr + p * depth * kColumns,
+                                   product);
+          finish(s, p, from, coming, last, product, current);
+        }
+        if (f.norms() && s >= 0) normalize_gradients(s, current);
+        return;
+      }
       const int64_t rows = larger(0, coming - from), group = last - from <= kFewRows ? kGroup : 1;
       if (rows <= kFewRows)
         prefetch_rows(next + from * f.gradient_stride_, f.gradient_stride_, rows, kGates * gate_words());
@@ -314,19 +344,73 @@ class Backward {
         two_panels<2>(rows, k_size, kBackwardDepth, a, f.gradient_stride_, b, panel_at(1) - panel_at(0), out);
         return 2;
       }
-      multiply_rows_by_panel(rows, k_size, a, b, out);
+      multiply_rows_by_panel(rows, k_size, a, f.gradient_stride_, b, out);
       return 1;
     }
 
-    void multiply_rows_by_panel(int64_t rows, int64_t k_size, const Word* a, const Word* b, float* out) const {
+    static void multiply_rows_by_panel(int64_t rows, int64_t k_size, const Word* a, int64_t lda, const Word* b,
+                                       float* out) {
       const RowTiles tiles(rows, kTile);
       for (int64_t k = 0; k < k_size; k += kBackwardDepth)
         for (int64_t i = 0; i < tiles.count; ++i) {
           float* c = out + tiles.begin(i) * kColumns;
           tile_rows<2, false>(tiles.begin(i + 1) - tiles.begin(i), smaller(kBackwardDepth, k_size - k),
-                              a + tiles.begin(i) * f.gradient_stride_ + k, f.gradient_stride_, b + k * kColumns,
-                              kColumns, resume(k > 0, c, kColumns), c, kColumns);
+                              a + tiles.begin(i) * lda + k, lda, b + k * kColumns, kColumns,
+                              resume(k > 0, c, kColumns), c, kColumns);
         }
+    }
+
+    // Gradient of h of row i at step s, among the rows of the chunk that begins at row `base`.
+    Word* dh_at(int64_t s, int64_t i, int64_t base) const {
+      const int64_t row = s >= 0 ? problem.row_base[time(s)] - base + i : 0;
+      return reinterpret_cast<Word*>(f.dh_.data()) + row * f.dh_stride_;
+    }
+
+    // With a projection: dh of step s, complete before any thread takes dh W_hr; and dh0 of rows that began at step s + 1.
+    void project_gradient(int64_t s, const Word* next, int64_t base) const {
+      const int64_t from = r0, coming = smaller(r1, active_at(s + 1)), now = smaller(r1, active_at(s));
+      const int64_t last = larger(coming, now);
+      if (from >= last || (s < 0 && !args.dh0)) return;
+      for (int64_t q = q0; q < q1; ++q) {
+        if (coming > from)
+          multiply_rows_by_panel(coming - from, kGates * gate_words(), next + from * f.gradient_stride_,
+                                 f.gradient_stride_, panel_at(q), product);
+        for (int64_t i = from; i < last; ++i)
+          for (int64_t unit = q * kColumns; unit < smaller(problem.output_size, (q + 1) * kColumns); unit += kLanes) {
+            Vec dh = incoming_h(s, i, unit, coming, product + (i - from) * kColumns + unit - q * kColumns);
+            if (i >= now) {
+              if (args.dh0) store(args.dh0 + entry(i) * problem.output_size + unit, dh, problem.output_size - unit);
+              continue;
+            }
+            dh += output_gradient(s, i, unit);
+            if (f.zoneout_.used()) {
+              Vec old = {};
+              f.zoneout_.row(0, time(s), entry(i)).split(unit, dh, dh, old);
+              store(h_carry_at(i) + unit, is_reset(s, i) ? Vec{} : old);
+            }
+            store(elements(dh_at(s, i, base)) + unit, dh);
+          }
+      }
+      if (s >= 0) meet();
+    }
+
+    // What h of row i at step s gets from later steps (`recurrent`: dG W_hh), or as the final state.
+    Vec incoming_h(int64_t s, int64_t i, int64_t unit, int64_t coming, const float* recurrent) const {
+      const int64_t count = problem.output_size - unit, at = entry(i) * problem.output_size + unit;
+      if (i >= coming) return args.dh_n ? load(args.dh_n + at, count) : Vec{};
+      Vec dh = {};
+      if (!is_reset(s + 1, i)) {
+        dh = load(recurrent);
+        if (problem.recurrent_mask) dh = dh * load(problem.recurrent_mask + at, count);
+      }
+      if (kGru || f.zoneout_.used()) dh += load(h_carry_at(i) + unit);
+      return dh;
+    }
+
+    Vec output_gradient(int64_t s, int64_t i, int64_t unit) const {
+      return dy ? load(dy + args.dy_rows.offset[time(s)] + entry(i) * args.dy_rows.stride + unit,
+                       problem.output_size - unit)
+                : Vec{};
     }
 
     // The second half of a step with the reset before the product: from dn to d(r * h) = dn W_hn, to dr and h_{t-1}.
@@ -334,14 +418,14 @@ class Backward {
       const int64_t hidden = problem.hidden_size, t = time(s), last = smaller(r1, active_at(s));
       for (int64_t p = p0; p < p1 && r0 < last; ++p) {
         multiply_rows_by_panel(last - r0, gate_words(), current + r0 * f.gradient_stride_ + 2 * gate_words(),
-                               panel_at(p) + 2 * gate_words() * kColumns, product);
+                               f.gradient_stride_, panel_at(p) + 2 * gate_words() * kColumns, product);
         for (int64_t i = r0; i < last; ++i)
           for (int vector = 0; vector < 2; ++vector) {
             const int64_t unit = p * kColumns + vector * kLanes, count = hidden - unit;
             if (count <= 0) break;
             const float* mask = problem.recurrent_mask ? problem.recurrent_mask + entry(i) * hidden + unit : nullptr;
             const Vec r = load(saved_at(t, i, unit));
-            Vec drh = load(product + (i - r0) * kColumns + vector * kLanes), h = state_before(y, args.h0, s, i, unit);
+            Vec drh = load(product + (i - r0) * kColumns + vector * kLanes), h = h_before(s, i, unit);
             if (mask) h = h * load(mask, count);
             const Vec dr = gru_reset_gradient(r, h, drh);
             if (f.norms()) {
@@ -364,59 +448,62 @@ class Backward {
       return args.saved + ((problem.row_base[t] + i) * f.vectors_ + unit / kLanes) * (saved_count(cell) * kLanes);
     }
 
-    // The state that row i had before step s: of a sequence of states `all` (laid out as y) that began with `initial`.
+    // The state of `size` units that row i had before step s: of a sequence of states that began with `initial`.
     template <class T>
-    Vec state_before(const T* all, const float* initial, int64_t s, int64_t i, int64_t unit) const {
-      const int64_t b = entry(i), count = problem.hidden_size - unit;
+    Vec state_before(const T* all, const Rows& rows, const float* initial, int64_t size, int64_t s, int64_t i,
+                     int64_t unit) const {
+      const int64_t b = entry(i), count = size - unit;
       if (is_reset(s, i)) return Vec{};
-      if (i < active_at(s - 1))
-        return load(all + args.y_rows.offset[time(s - 1)] + b * args.y_rows.stride + unit, count);
-      return initial ? load(initial + b * problem.hidden_size + unit, count) : Vec{};
+      if (i < active_at(s - 1)) return load(all + rows.offset[time(s - 1)] + b * rows.stride + unit, count);
+      return initial ? load(initial + b * size + unit, count) : Vec{};
+    }
+    Vec h_before(int64_t s, int64_t i, int64_t unit) const {
+      return state_before(y, args.y_rows, args.h0, problem.output_size, s, i, unit);
+    }
+    Vec c_before(int64_t s, int64_t i, int64_t unit) const {
+      return state_before(args.c_all, args.c_rows, args.c0, problem.hidden_size, s, i, unit);
     }
 
     // The pointwise part for rows [from, last) of step s; rows below `coming` took part in step s + 1.
     void finish(int64_t s, int64_t p, int64_t from, int64_t coming, int64_t last, const float* recurrent,
                 Word* current) const {
       const int64_t hidden = problem.hidden_size, gate = f.gate_stride_, t = s >= 0 ? time(s) : 0, now = active_at(s);
-      const bool zoneout = f.zoneout_.used();
+      const bool zoneout_h = f.zoneout_.used() && !weight_hr;
       for (int64_t i = from; i < last; ++i, recurrent += kColumns) {
         const int64_t b = entry(i);
-        const bool cut = i < coming && is_reset(s + 1, i);
         for (int vector = 0; vector < 2; ++vector) {
           const int64_t unit = p * kColumns + vector * kLanes, count = hidden - unit;
           if (count <= 0) break;
           const int64_t state_at = b * hidden + unit;
           Vec dh = {}, dc = {};
-          if (i < coming) {
-            if (!cut) dh = load(recurrent + vector * kLanes);
-            if (!cut && problem.recurrent_mask) dh = dh * load(problem.recurrent_mask + state_at, count);
-            if (kGru || zoneout) dh += load(h_carry_at(i) + unit);
-            if (kLstm) dc = load(c_carry_at(i) + unit);
-          } else {
-            if (args.dh_n) dh = load(args.dh_n + state_at, count);
-            if (kLstm && args.dc_n) dc = load(args.dc_n + state_at, count);
-          }
+          if (!weight_hr) dh = incoming_h(s, i, unit, coming, recurrent + vector * kLanes);
+          if (kLstm && i < coming) dc = load(c_carry_at(i) + unit);
+          if (kLstm && i >= coming && args.dc_n) dc = load(args.dc_n + state_at, count);
           if (i >= now) {  // the sequence began at step s + 1
-            if (args.dh0) store(args.dh0 + state_at, dh, count);
+            if (args.dh0 && !weight_hr) store(args.dh0 + state_at, dh, count);
             if (kLstm && args.dc0) store(args.dc0 + state_at, dc, count);
             continue;
           }
-          if (dy) dh += load(dy + args.dy_rows.offset[t] + b * args.dy_rows.stride + unit, count);
+          if (weight_hr) {
+            dh = load(recurrent + vector * kLanes);
+          } else {
+            dh += output_gradient(s, i, unit);
+          }
 
           const int64_t y_at = args.y_rows.offset[t] + b * args.y_rows.stride + unit;
           const bool reset = is_reset(s, i);
           const float* saved = saved_at(t, i, unit);
           Element* out = elements(current + i * f.gradient_stride_) + unit;
           Vec dh_old = {};  // what goes to h_{t-1} past the product with W_hh
-          if (zoneout) f.zoneout_.row(0, t, b).split(unit, dh, dh, dh_old);
+          if (zoneout_h) f.zoneout_.row(0, t, b).split(unit, dh, dh, dh_old);
           if constexpr (kLstm) {
             LstmGates<Vec> gates{load(saved), load(saved + kLanes), load(saved + 2 * kLanes),
                                  load(saved + 3 * kLanes)};
             if (args.dc_all)
               dc += load(args.dc_all + args.dc_all_rows.offset[t] + b * args.dc_all_rows.stride + unit, count);
             Vec dc_old = {};
-            if (zoneout) f.zoneout_.row(1, t, b).split(unit, dc, dc, dc_old);
-            const Vec c_previous = state_before(args.c_all, args.c0, s, i, unit);
+            if (f.zoneout_.used()) f.zoneout_.row(1, t, b).split(unit, dc, dc, dc_old);
+            const Vec c_previous = c_before(s, i, unit);
             if (f.norms()) {
               float* work = norm_work(i, unit);
               store(work, dh);
@@ -432,7 +519,7 @@ class Backward {
             }
           } else if constexpr (kResetBefore) {
             Vec z = load(saved + kLanes), n = load(saved + 2 * kLanes);
-            gru_reset_before_backward(z, n, state_before(y, args.h0, s, i, unit), dh);
+            gru_reset_before_backward(z, n, h_before(s, i, unit), dh);
             dh_old += dh;
             if (f.norms()) {
               store(norm_work(i, unit) + kLanes, z);
@@ -444,7 +531,7 @@ class Backward {
           } else if constexpr (kGru) {
             GruGates<Vec> gates{load(saved), load(saved + kLanes), load(saved + 2 * kLanes),
                                 load(saved + 3 * kLanes)};
-            gru_backward(gates, state_before(y, args.h0, s, i, unit), dh);
+            gru_backward(gates, h_before(s, i, unit), dh);
             dh_old += dh;
             if (f.norms()) {
               float* work = norm_work(i, unit);
@@ -467,7 +554,7 @@ class Backward {
               store(out, rnn_backward<cell>(h, dh), count);
             }
           }
-          if (kGru || zoneout) store(h_carry_at(i) + unit, reset ? Vec{} : dh_old);
+          if (kGru || zoneout_h) store(h_carry_at(i) + unit, reset ? Vec{} : dh_old);
         }
       }
     }
@@ -548,7 +635,7 @@ class Backward {
           for_units([&](int64_t unit) {
             float* work = norm_work(i, unit);
             const float* saved = saved_at(t, i, unit);
-            const Vec dh = load(work), c_previous = state_before(args.c_all, args.c0, s, i, unit);
+            const Vec dh = load(work), c_previous = c_before(s, i, unit);
             Vec dc = load(work + kLanes);
             LstmGates<Vec> gates{load(saved), load(saved + kLanes), load(saved + 2 * kLanes), load(saved + 3 * kLanes)};
             if (args.norm_c.weight) {
@@ -674,43 +761,86 @@ class Backward {
       if (args.dweight_hh) {
         for_rows(low, high, base, [&](int64_t row, int64_t s, int64_t i, int64_t t) {
           const float* mask =
-              problem.recurrent_mask ? problem.recurrent_mask + entry(i) * problem.hidden_size : nullptr;
-          for (int64_t p = share(f.panels_, begin); p < share(f.panels_, end); ++p)
-            for (int vector = 0; vector < 2; ++vector) {
-              const int64_t unit = p * kColumns + vector * kLanes, count = problem.hidden_size - unit;
-              Vec h = count > 0 ? state_before(y, args.h0, s, i, unit) : Vec{};
-              if (mask && count > 0) h = h * load(mask + unit, count);
-              put_row(f.right_panel(p, rows), row, vector * kLanes, h);
-              if constexpr (kResetBefore) {
-                if (count > 0) h = h * load(saved_at(t, i, unit));
-                put_row(f.right_panel(f.panels_ + f.x_panels_ + p, rows), row, vector * kLanes, h);
-              }
+              problem.recurrent_mask ? problem.recurrent_mask + entry(i) * problem.output_size : nullptr;
+          for_vectors(f.h_panels_, [&](int64_t p, int64_t unit, int64_t column) {
+            const int64_t count = problem.output_size - unit;
+            Vec h = count > 0 ? h_before(s, i, unit) : Vec{};
+            if (mask && count > 0) h = h * load(mask + unit, count);
+            put_row(f.right_panel(p, rows), row, column, h);
+            if constexpr (kResetBefore) {
+              if (count > 0) h = h * load(saved_at(t, i, unit));
+              put_row(f.right_panel(f.last_panels() + p, rows), row, column, h);
             }
+          });
         });
       }
       if (args.dweight_ih) {
         for_rows(low, high, base, [&](int64_t row, int64_t, int64_t i, int64_t t) {
           const Element* from = x + args.x_rows.offset[t] + entry(i) * args.x_rows.stride;
-          for (int64_t p = share(f.x_panels_, begin); p < share(f.x_panels_, end); ++p)
-            for (int vector = 0; vector < 2; ++vector) {
-              const int64_t column = p * kColumns + vector * kLanes;
-              put_row(f.right_panel(f.panels_ + p, rows), row, vector * kLanes,
-                      load(from + column, problem.input_size - column));
-            }
+          for_vectors(f.x_panels_, [&](int64_t p, int64_t unit, int64_t column) {
+            put_row(f.right_panel(f.h_panels_ + p, rows), row, column, load(from + unit, problem.input_size - unit));
+          });
+        });
+      }
+      if (args.dweight_hr) {
+        for_rows(low, high, base, [&](int64_t row, int64_t s, int64_t i, int64_t) {
+          for_vectors(f.panels_, [&](int64_t p, int64_t unit, int64_t column) {
+            put_row(f.right_panel(f.last_panels() + p, rows), row, column,
+                    unit < problem.hidden_size ? unprojected(s, i, unit) : Vec{});
+          });
         });
       }
     }
 
+    // function(panel, first column of a vector, the same within the panel) for this thread's share of panels.
+    template <class Function>
+    void for_vectors(int64_t panels, Function function) const {
+      for (int64_t p = share(panels, begin); p < share(panels, end); ++p)
+        for (int column = 0; column < kColumns; column += kLanes) function(p, p * kColumns + column, column);
+    }
+
     // The row that fills up the last words of this thread's panels.
     void zero_row(int64_t row) const {
-      auto zero = [&](int64_t panel) {
-        for (int vector = 0; vector < 2; ++vector) put_row(f.right_panel(panel, row), row, vector * kLanes, Vec{});
+      auto zero = [&](int64_t first, int64_t panels) {
+        for_vectors(panels, [&](int64_t p, int64_t, int64_t column) {
+          put_row(f.right_panel(first + p, row), row, column, Vec{});
+        });
       };
-      for (int64_t p = share(f.panels_, begin); p < share(f.panels_, end); ++p) {
-        zero(p);
-        if (kResetBefore) zero(f.panels_ + f.x_panels_ + p);
+      zero(0, f.h_panels_);
+      zero(f.h_panels_, f.x_panels_);
+      if (kResetBefore || weight_hr) zero(f.last_panels(), f.panels_);
+    }
+
+    // o * tanh(c), which a projection multiplies.
+    Vec unprojected(int64_t s, int64_t i, int64_t unit) const {
+      if constexpr (kLstm) {
+        const float* saved = saved_at(time(s), i, unit);
+        Vec c = load(saved + kLanes) * c_before(s, i, unit) + load(saved) * load(saved + 2 * kLanes);
+        if (args.norm_c.weight)
+          c = normal(s, i, unit, NormSaved<cell>::kState) * parameter(args.norm_c.weight, 0, unit) +
+              parameter(args.norm_c.bias, 0, unit);
+        return lstm_output(load(saved + 3 * kLanes), c);
       }
-      for (int64_t p = share(f.x_panels_, begin); p < share(f.x_panels_, end); ++p) zero(f.panels_ + p);
+      return Vec{};
+    }
+
+    // This thread's columns of dh, packed as those of dG, behind them.
+    void gather_projected(int64_t rows) const {
+      double unused[kTile] = {};
+      for_output_tiles([&](int64_t tile, int64_t column, int64_t count) {
+        pack_columns(count, reinterpret_cast<const Element*>(f.dh_.data()) + column, f.dh_stride_ * kPerWord, rows,
+                     columns + tile * f.tile_words_, unused);
+      });
+    }
+
+    // function(tile within this thread's share, first column of dh, columns).
+    template <class Function>
+    void for_output_tiles(Function function) const {
+      const int64_t first = share(problem.output_size, begin), size = share(problem.output_size, end) - first;
+      const int64_t before = f.blocks_ * RowTiles(share(problem.hidden_size, end) - share(problem.hidden_size, begin), kTile).count;
+      const RowTiles tiles(size, kTile);
+      for (int64_t i = 0; i < tiles.count; ++i)
+        function(before + i, first + tiles.begin(i), tiles.begin(i + 1) - tiles.begin(i));
     }
 
     // function(block, tile within this thread's share, first column, columns) for its tiles of each block of dG.
@@ -750,17 +880,17 @@ class Backward {
     }
 
     void weight_gradients(int64_t rows, bool first) const {
-      const int64_t panel_stride = words(rows) * kColumns, inputs = f.panels_ + f.x_panels_;
+      const int64_t panel_stride = words(rows) * kColumns, inputs = f.last_panels();
       const int64_t all = inputs + (kResetBefore ? f.panels_ : 0);
       const int64_t most = outer_depth(problem.hidden_size) / kPerWord;
       for (int64_t k = 0; k < words(rows); k += most) {
         const int64_t depth = smaller(most, words(rows) - k);
         for (int64_t panel = 0; panel < all;) {
-          const bool hidden = panel < f.panels_ || panel >= inputs, reset_h = panel >= inputs;
-          const int64_t stop = panel < f.panels_ ? f.panels_ : reset_h ? all : inputs;
+          const bool hidden = panel < f.h_panels_ || panel >= inputs, reset_h = panel >= inputs;
+          const int64_t stop = panel < f.h_panels_ ? f.h_panels_ : reset_h ? all : inputs;
           const int64_t taken = smaller(kBlockPanels, stop - panel);
-          const int64_t column = (panel - (reset_h ? inputs : hidden ? 0 : f.panels_)) * kColumns;
-          const int64_t size = hidden ? problem.hidden_size : problem.input_size;
+          const int64_t column = (panel - (reset_h ? inputs : hidden ? 0 : f.h_panels_)) * kColumns;
+          const int64_t size = hidden ? problem.output_size : problem.input_size;
           float* dweight = hidden ? args.dweight_hh : args.dweight_ih;
           if (dweight) {
             for_tiles([&](int block, int64_t tile, int64_t row, int64_t count) {
@@ -773,6 +903,15 @@ class Backward {
             });
           }
           panel += taken;
+        }
+        for (int64_t panel = 0; args.dweight_hr && panel < f.panels_; panel += kBlockPanels) {
+          const int64_t size = problem.hidden_size, column = panel * kColumns;
+          for_output_tiles([&](int64_t tile, int64_t row, int64_t count) {
+            add_outer(count, depth, columns + tile * f.tile_words_ + k * count,
+                      f.right_panel(inputs + panel, rows) + k * kColumns, panel_stride,
+                      smaller(kBlockPanels, f.panels_ - panel), !first || k > 0, args.dweight_hr + row * size + column,
+                      size, size - column);
+          });
         }
       }
     }
@@ -828,15 +967,15 @@ class Backward {
 
   const Problem& problem_;
   const BackwardArgs& args_;
-  const int64_t panels_, vectors_, x_panels_;
+  const int64_t panels_, vectors_, h_panels_, x_panels_;
   const Deal deal_;
   mutable Barrier barrier_;
-  const int64_t chunk_rows_, chunk_words_, gate_stride_;
+  const int64_t chunk_rows_, chunk_words_, dh_stride_, gate_stride_;
   const int blocks_;
   const int64_t gradient_stride_, state_stride_, tiles_, tile_words_,
       slot_floats_;
   const Zoneout zoneout_;
-  const Scratch gradients_, h_carry_, c_carry_, sums_, right_, norm_work_, norm_sums_;
+  const Scratch gradients_, h_carry_, c_carry_, sums_, right_, dh_, norm_work_, norm_sums_;
   const RowParts parts_hh_, parts_ih_, parts_c_;
   const Scratch scratch_;
 };

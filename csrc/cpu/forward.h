@@ -55,6 +55,7 @@ class Forward {
   static constexpr bool kLstm = cell == Cell::lstm, kResetBefore = cell == Cell::gru_reset_before;
   static constexpr int kMaxRows = max_rows<P::NV>();
   static constexpr int kGroups = group_count<cell>();
+  static constexpr int kOutputs = Panel<Cell::rnn_tanh>::kUnits;  // of a panel of W_hr
   static constexpr bool kRounded = kPerWord > 1;  // h is rounded where it meets W_hh
 
  public:
@@ -64,8 +65,10 @@ class Forward {
         panels_(P::count(problem.hidden_size)),
         deal_(deal_recurrence(problem, panels_, threads)),
         barrier_(deal_.slots),
-        h_stride_(padded(problem.hidden_size)),
-        operand_stride_(padded(words(problem.hidden_size))),
+        h_stride_(padded(problem.output_size)),
+        c_stride_(padded(problem.hidden_size)),
+        operand_stride_(padded(words(problem.output_size))),
+        outputs_(ceil_div(problem.output_size, kOutputs)),
         x_stride_(padded(words(problem.input_size))),
         block_rows_(larger(1, smaller(problem.row_base[problem.steps], kChunkRows))),
         slot_panels_(deal_.by_rows ? panels_ : ceil_div(panels_, deal_.slots)),
@@ -74,7 +77,8 @@ class Forward {
         zoneout_(problem),
         h_(2 * problem.batch * h_stride_),
         operand_(has_operand() ? 2 * problem.batch * operand_stride_ : 0),
-        c_(kLstm || kResetBefore ? problem.batch * h_stride_ : 0),
+        c_(kLstm || kResetBefore ? problem.batch * c_stride_ : 0),
+        unprojected_(args.weight_hr ? problem.batch * padded(words(problem.hidden_size)) : 0),
         reset_h_(kResetBefore ? problem.batch * operand_stride_ : 0),
         parts_hh_(args.norm_hh.weight ? problem.batch : 0, kGroups, problem.hidden_size),
         parts_ih_(args.norm_ih.weight ? (deal_.by_rows ? deal_.slots : 1) * block_rows_ : 0, kGroups, problem.hidden_size),
@@ -95,9 +99,10 @@ class Forward {
     const ForwardArgs& args;
     const Element* const x;
     Element* const y;
-    const Word *const weight_ih, *const weight_hh;
+    const Word *const weight_ih, *const weight_hh, *const weight_hr;
     const int64_t begin, end;  // the slots that this thread stands for
     int64_t p0, p1, r0, r1;    // its panels and rows
+    int64_t first_output, last_output;  // its part of h: its units, or its panels of W_hr
     float *gates_x, *bias, *bias_hn, *products;
     Word* x_rows;
     int64_t chunk_rows = 0;              // rows that the last projection filled
@@ -111,6 +116,7 @@ class Forward {
           y(static_cast<Element*>(args.y)),
           weight_ih(static_cast<const Word*>(args.weight_ih)),
           weight_hh(static_cast<const Word*>(args.weight_hh)),
+          weight_hr(static_cast<const Word*>(args.weight_hr)),
           begin(begin_in),
           end(end_in) {
       const int64_t slots = f.deal_.slots;
@@ -119,6 +125,12 @@ class Forward {
       p1 = by_rows ? f.panels_ : f.panels_ * end / slots;
       r0 = by_rows ? problem.batch * begin / slots : 0;
       r1 = by_rows ? problem.batch * end / slots : problem.batch;
+      first_output = first_unit();
+      last_output = last_unit();
+      if (weight_hr) {
+        first_output = by_rows ? 0 : f.outputs_ * begin / slots * kOutputs;
+        last_output = by_rows ? problem.output_size : smaller(problem.output_size, f.outputs_ * end / slots * kOutputs);
+      }
       gates_x = f.scratch_.data() + begin * f.slot_floats_;
       bias = gates_x + (p1 - p0) * P::kWidth * f.block_rows_;
       bias_hn = bias + (p1 - p0) * P::kWidth;
@@ -142,11 +154,14 @@ class Forward {
       store(h_at(s, i) + unit, h);
       if (f.has_operand()) {
         if (problem.recurrent_mask)
-          h = h * load(problem.recurrent_mask + entry(i) * problem.hidden_size + unit, problem.hidden_size - unit);
+          h = h * load(problem.recurrent_mask + entry(i) * problem.output_size + unit, problem.output_size - unit);
         store(reinterpret_cast<Element*>(operand_at(s, i)) + unit, h);
       }
     }
-    float* c_at(int64_t i) const { return f.c_.data() + i * f.h_stride_; }
+    float* c_at(int64_t i) const { return f.c_.data() + i * f.c_stride_; }
+    Word* unprojected_at(int64_t i) const {
+      return reinterpret_cast<Word*>(f.unprojected_.data()) + i * padded(words(problem.hidden_size));
+    }
     int64_t first_unit() const { return p0 * P::kUnits; }
     int64_t last_unit() const { return smaller(problem.hidden_size, p1 * P::kUnits); }
 
@@ -164,6 +179,7 @@ class Forward {
           for (int64_t step = s; step < stop; ++step) {
             const int64_t t = time(step);
             recur(step, r0, active(t), local_base[t - smaller(time(s), time(stop - 1))]);
+            if (weight_hr) project_output(step, r0, active(t));
             finish_step(step);
           }
         } else {  // a single step with many rows
@@ -171,6 +187,7 @@ class Forward {
             const int64_t last = smaller(active(time(s)), i + f.block_rows_);
             project(s, stop, i, last - i);
             recur(s, i, last, 0);
+            if (weight_hr) project_output(s, i, last);
             if (f.norms()) wait();  // before the statistics of the next rows replace these
           }
           finish_step(s);
@@ -193,35 +210,39 @@ class Forward {
 
     // Sequences of length 0, which are never active: the state passes through.
     void pass_through(int64_t from) const {
-      for (int64_t i = from; i < r1; ++i)
-        for (int64_t u = first_unit(); u < last_unit(); ++u) {
-          const int64_t at = entry(i) * problem.hidden_size + u;
+      for (int64_t i = from; i < r1; ++i) {
+        for (int64_t u = first_output; u < last_output; ++u) {
+          const int64_t at = entry(i) * problem.output_size + u;
           args.h_n[at] = args.h0 ? args.h0[at] : 0.0f;
-          if (kLstm) args.c_n[at] = args.c0 ? args.c0[at] : 0.0f;
         }
+        for (int64_t u = first_unit(); kLstm && u < last_unit(); ++u) {
+          const int64_t at = entry(i) * problem.hidden_size + u;
+          args.c_n[at] = args.c0 ? args.c0[at] : 0.0f;
+        }
+      }
     }
 
     // The rows whose first step is s start from the initial state.
     void join(int64_t s, int64_t from, int64_t to) const {
       for (int64_t i = from; i < to; ++i) {
         const bool zero = is_reset(time(s), i);
-        const int64_t at = entry(i) * problem.hidden_size;
-        for (int64_t u = first_unit(); u < last_unit(); u += kLanes) {
-          const int64_t count = problem.hidden_size - u;
-          store_h(s, i, u, zero || !args.h0 ? Vec{} : load(args.h0 + at + u, count));
-          if (kLstm) store(c_at(i) + u, zero || !args.c0 ? Vec{} : load(args.c0 + at + u, count));
-        }
+        const float* h0 = zero || !args.h0 ? nullptr : args.h0 + entry(i) * problem.output_size;
+        const float* c0 = zero || !args.c0 ? nullptr : args.c0 + entry(i) * problem.hidden_size;
+        for (int64_t u = first_output; u < last_output; u += kLanes)
+          store_h(s, i, u, h0 ? load(h0 + u, problem.output_size - u) : Vec{});
+        for (int64_t u = first_unit(); kLstm && u < last_unit(); u += kLanes)
+          store(c_at(i) + u, c0 ? load(c0 + u, problem.hidden_size - u) : Vec{});
       }
     }
 
     void zero_inactive(int64_t t) const {
       if (!problem.order) return;  // packed, or all of one length
       for (int64_t i = larger(r0, problem.active[t]); i < r1; ++i) {
-        const int64_t at = args.y_rows.offset[t] + entry(i) * args.y_rows.stride;
-        for (int64_t u = first_unit(); u < last_unit(); ++u) {
-          y[at + u] = 0;
-          if (kLstm && args.c_all) args.c_all[at + u] = 0.0f;
-        }
+        Element* row = y + args.y_rows.offset[t] + entry(i) * args.y_rows.stride;
+        for (int64_t u = first_output; u < last_output; ++u) row[u] = 0;
+        if (!kLstm || !args.c_all) continue;
+        float* c = args.c_all + args.c_rows.offset[t] + entry(i) * args.c_rows.stride;
+        for (int64_t u = first_unit(); u < last_unit(); ++u) c[u] = 0.0f;
       }
     }
 
@@ -433,7 +454,7 @@ class Forward {
         alignas(64) float product[kFewRows * kGroup * P::kWidth];
         const int64_t rows = to - from;
         if (rows <= 0) return;
-        prefetch_rows(operand_at(s, from), f.operand_stride_, rows, words(problem.hidden_size));
+        prefetch_rows(operand_at(s, from), f.operand_stride_, rows, words(problem.output_size));
         for (int64_t p = p0; p < p1; p += kGroup) {
           const int64_t count = smaller(kGroup, p1 - p);
           for (int64_t q = 0; q < count;)
@@ -449,7 +470,7 @@ class Forward {
           const int64_t row = tiles.begin(i), rows = tiles.begin(i + 1) - row;
           alignas(64) float product[kMaxRows * P::kWidth];
           multiply_panel<P::NV>(rows, operand_at(s, from + row), panel_at(p), product,
-                                ahead(panel_at(p + 1 < p1 ? p + 1 : p0), words(problem.hidden_size), i, tiles));
+                                ahead(panel_at(p + 1 < p1 ? p + 1 : p0), words(problem.output_size), i, tiles));
           finish(s, p, from + row, rows, product, x_part(p, row));
         }
     }
@@ -564,12 +585,12 @@ class Forward {
       for (int64_t p = p0; p < p1; ++p) finish_rows(p, 0, rows, products + (p - p0) * rows * NV * kLanes);
     }
 
-    const Word* panel_at(int64_t p) const { return weight_hh + p * words(problem.hidden_size) * P::kWidth; }
+    const Word* panel_at(int64_t p) const { return weight_hh + p * words(problem.output_size) * P::kWidth; }
 
     template <int NV>
     void multiply_panel(int64_t rows, const Word* a, const Word* b, float* product, Ahead ahead) const {
       constexpr int64_t kWidth = NV * kLanes;
-      const int64_t size = words(problem.hidden_size);
+      const int64_t size = words(problem.output_size);
       for (int64_t k = 0; k < size; k += kDepth<cell>)
         tile_rows<NV, false>(rows, smaller(kDepth<cell>, size - k), a + k, f.operand_stride_, b + k * kWidth, kWidth,
                              resume(k > 0, product, kWidth), product, kWidth, ahead.after(k));
@@ -587,12 +608,12 @@ class Forward {
 
     // The state that step s gives out: after zoneout, to y, to h_n where the sequence ends, and to the next step.
     void put_h(int64_t s, int64_t i, int64_t unit, Vec h) const {
-      const int64_t t = time(s), b = entry(i), count = problem.hidden_size - unit;
+      const int64_t t = time(s), b = entry(i), count = problem.output_size - unit;
       const bool last = s + 1 == problem.steps || i >= problem.active[time(s + 1)];
       if (f.zoneout_.used()) h = f.zoneout_.row(0, t, b).apply(unit, h, load(h_at(s, i) + unit));
       store(y + args.y_rows.offset[t] + b * args.y_rows.stride + unit, h, count);
       if (last) {
-        store(args.h_n + b * problem.hidden_size + unit, h, count);
+        store(args.h_n + b * problem.output_size + unit, h, count);
       } else {
         store_h(s + 1, i, unit, is_reset(time(s + 1), i) ? Vec{} : h);
       }
@@ -603,7 +624,7 @@ class Forward {
       const Word *a = operand_at(s, i), *b = panel_at(p);
       if constexpr (panels_at_once<P::NV>(1) == 2) {
         if (panels_at_once<P::NV>(rows) == 2 && p + 2 <= limit) {
-          two_panels<P::NV>(rows, words(problem.hidden_size), kDepth<cell>, a, f.operand_stride_, b,
+          two_panels<P::NV>(rows, words(problem.output_size), kDepth<cell>, a, f.operand_stride_, b,
                             panel_at(1) - panel_at(0), product);
           return 2;
         }
@@ -677,7 +698,12 @@ class Forward {
           if (unit >= problem.hidden_size) break;
           if constexpr (kLstm) {
             put_c(s, i, unit);
-            put_h(s, i, unit, lstm_output(load(gates), load(gates + kLanes)));
+            const Vec h = lstm_output(load(gates), load(gates + kLanes));
+            if (weight_hr) {
+              store(reinterpret_cast<Element*>(unprojected_at(i)) + unit, h);
+            } else {
+              put_h(s, i, unit, h);
+            }
           } else if constexpr (cell == Cell::gru) {
             const Vec n = tanh(load(gates + kLanes));
             if (args.saved) store(saved_at(t, i, unit) + 2 * kLanes, n);
@@ -691,11 +717,32 @@ class Forward {
       }
     }
 
+    // h = W_hr (o * tanh(c)), once all threads have brought their units (Sak et al. 2014).
+    void project_output(int64_t s, int64_t from, int64_t to) const {
+      if constexpr (kLstm) {
+        wait();
+        const int64_t size = words(problem.hidden_size);
+        const RowTiles tiles(larger(0, to - from), max_rows<2>());
+        for (int64_t unit = first_output; unit < last_output; unit += kOutputs)
+          for (int64_t tile = 0; tile < tiles.count; ++tile) {
+            const int64_t row = from + tiles.begin(tile), rows = tiles.begin(tile + 1) - tiles.begin(tile);
+            alignas(64) float product[max_rows<2>() * kOutputs];
+            for (int64_t k = 0; k < size; k += kDepth<cell>)
+              tile_rows<2, false>(rows, smaller(kDepth<cell>, size - k), unprojected_at(row) + k,
+                                  unprojected_at(1) - unprojected_at(0), weight_hr + unit * size + k * kOutputs, kOutputs,
+                                  resume(k > 0, product, kOutputs), product, kOutputs);
+            for (int64_t i = 0; i < rows; ++i)
+              for (int64_t u = unit; u < smaller(last_output, unit + kOutputs); u += kLanes)
+                put_h(s, row + i, u, load(product + i * kOutputs + u - unit));
+          }
+      }
+    }
+
     // c_t, already in its place for the next step, goes to c_all, to c_n where the sequence ends, or gives way to a reset.
     void put_c(int64_t s, int64_t i, int64_t unit) const {
       const int64_t t = time(s), b = entry(i), count = problem.hidden_size - unit;
       const Vec c = load(c_at(i) + unit);
-      if (args.c_all) store(args.c_all + args.y_rows.offset[t] + b * args.y_rows.stride + unit, c, count);
+      if (args.c_all) store(args.c_all + args.c_rows.offset[t] + b * args.c_rows.stride + unit, c, count);
       if (s + 1 == problem.steps || i >= problem.active[time(s + 1)]) {
         store(args.c_n + b * problem.hidden_size + unit, c, count);
       } else if (is_reset(time(s + 1), i)) {
@@ -709,10 +756,10 @@ class Forward {
   const int64_t panels_;
   const Deal deal_;
   mutable Barrier barrier_;
-  const int64_t h_stride_, operand_stride_, x_stride_, block_rows_, slot_panels_, slot_floats_;
+  const int64_t h_stride_, c_stride_, operand_stride_, outputs_, x_stride_, block_rows_, slot_panels_, slot_floats_;
   const Zoneout zoneout_;
   // c_ of the GRU with the reset before the product holds z, and reset_h_ holds r * h.
-  const Scratch h_, operand_, c_, reset_h_;
+  const Scratch h_, operand_, c_, unprojected_, reset_h_;
   const RowParts parts_hh_, parts_ih_, parts_c_;
   const Scratch scratch_;
 };

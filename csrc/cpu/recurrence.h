@@ -19,6 +19,7 @@ struct Problem {
   Cell cell;
   bool reverse;
   int64_t steps, batch, input_size, hidden_size;
+  int64_t output_size;      // P, the size of h: hidden_size without a projection
   const int64_t* active;    // [T]
   const int64_t* row_base;  // [T+1], prefix sums of active
   const int64_t* order;     // [B], or null: row i is batch entry i
@@ -27,7 +28,7 @@ struct Problem {
   double zoneout;       // probability; in expectation unless random
   bool zoneout_random;
   uint64_t zoneout_seed;
-  const float* recurrent_mask;  // [B, H] or null
+  const float* recurrent_mask;  // [B, P] or null
 };
 
 // Of a layer norm; null where there is none.
@@ -45,24 +46,26 @@ struct ForwardArgs {
   Rows x_rows;
   const void* weight_ih;  // packed by pack_forward
   const void* weight_hh;  // packed by pack_forward
+  const void* weight_hr;  // [P, H], packed by pack_forward as an RNN's weight, LSTM, or null: h = W_hr (o * tanh(c))
   const float* bias_ih;    // [G*H] or null
   const float* bias_hh;    // [G*H] or null
-  const float* h0;         // [B, H] or null
+  const float* h0;         // [B, P] or null
   const float* c0;         // [B, H] or null
-  void* y;                 // [T, B, H]
+  void* y;                 // [T, B, P]
   Rows y_rows;
-  float* h_n;    // [B, H]
+  float* h_n;    // [B, P]
   float* c_n;    // [B, H], LSTM
   float* saved;  // [rows, panels, saved_count*lanes], or null in inference; the RNN's see saved_output
-  float* c_all;  // like y, LSTM, or null
+  float* c_all;  // [T, B, H], LSTM, or null
+  Rows c_rows;
   Norm norm_ih, norm_hh, norm_c;  // of W_ih x and W_hh h [G*H], and of c before its tanh [H]
   float* norm_saved;              // [rows] of NormSaved, or null
 };
 
 struct BackwardArgs {
-  const void* dy;  // [T, B, H] or null
+  const void* dy;  // [T, B, P] or null
   Rows dy_rows;
-  const float* dh_n;  // [B, H] or null
+  const float* dh_n;  // [B, P] or null
   const float* dc_n;  // [B, H] or null
   const float* dc_all;  // [T, B, H] or null
   Rows dc_all_rows;
@@ -70,19 +73,22 @@ struct BackwardArgs {
   Rows x_rows;
   const void* weight_ih;  // packed by pack_backward; null: dx is the gradient of the pre-activations
   const void* weight_hh;  // packed by pack_backward
+  const void* weight_hr;  // packed by pack_backward as an RNN's weight, or null
   const float* h0;
   const float* c0;
   const void* y;
   Rows y_rows;
   const float* saved;
-  const float* c_all;  // by y_rows
+  const float* c_all;
+  Rows c_rows;
   void* dx;            // or null
   Rows dx_rows;
   float* dweight_ih;  // [G*H, I] or null
-  float* dweight_hh;  // [G*H, H] or null
+  float* dweight_hh;  // [G*H, P] or null
+  float* dweight_hr;  // [P, H] or null
   float* dbias_ih;    // [G*H] or null
   float* dbias_hh;    // [G*H] or null
-  float* dh0;         // [B, H] or null
+  float* dh0;         // [B, P] or null
   float* dc0;         // [B, H] or null
   Norm norm_ih, norm_hh, norm_c;
   const float* norm_saved;

@@ -58,10 +58,20 @@ class RecurrenceCall:
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def inputs(self) -> tuple[Tensor | None, ...]:
-        """All floating tensors that kernels have gradients for, given or not; the norms' weights and biases last."""
+        """All floating tensors that kernels have gradients for, given or not."""
         none = (None, None)
         norms = (self.layer_norm_ih or none) + (self.layer_norm_hh or none) + (self.layer_norm_c or none)
-        return (self.x, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh, self.h0, self.c0, *norms)
+        return (
+            self.x,
+            self.weight_ih,
+            self.weight_hh,
+            self.bias_ih,
+            self.bias_hh,
+            self.h0,
+            self.c0,
+            *norms,
+            self.weight_hr,
+        )
 
     def is_plain(self) -> bool:
         """Whether no option is in use: the fast way to ask, a tenth of a small step's time less than `options`."""

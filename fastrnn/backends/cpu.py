@@ -17,6 +17,8 @@ from fastrnn.reference import keep_scale
 
 CELL_INDEX = {"rnn_tanh": 0, "rnn_relu": 1, "lstm": 2, "gru": 3, "gru_reset_before": 4}
 
+_GATES = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 3, "gru_reset_before": 3}
+
 # State and sums are float32 for all of them. Data in bfloat16 have kernels of their own where the CPU multiplies it;
 # elsewhere, and for float16, they are converted and computed in float32.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -59,8 +61,6 @@ def reasons_against(call: RecurrenceCall) -> list[str]:
     if torch._C._get_tracing_state() is not None:
         reasons.append("torch.jit.trace is at work, which records torch's own operators only")
     reasons += [f"no kernel for {option} yet" for option in call.options() if option not in KERNEL_OPTIONS]
-    if call.weight_hr is not None:
-        reasons.append("no kernel for proj_size yet")
     if call.recurrent_mask is not None and call.recurrent_mask.requires_grad:
         reasons.append("no kernel for the gradient of recurrent_mask")
     if call.weight_hh.shape[0] == 0:
@@ -137,6 +137,7 @@ def _layout(
     cell: str,
     x: Tensor,
     hidden: int,
+    outputs: int,
     lengths: Tensor | None,
     batch_sizes: Tensor | None,
     resets: Tensor | None,
@@ -152,6 +153,7 @@ def _layout(
         _batch(x, batch_sizes),
         x.shape[-1],
         hidden,
+        outputs,
         *map(_address, (lengths, batch_sizes, resets)),
         (0, 0) if resets is None else resets.stride(),
         zoneout,
@@ -187,6 +189,7 @@ def is_step(
     cell: str,
     x: Tensor,
     norms: Sequence[Tensor | None],
+    weight_hr: Tensor | None,
     lengths: Tensor | None,
     batch_sizes: Tensor | None,
     recurrent_mask: Tensor | None,
@@ -194,8 +197,8 @@ def is_step(
 ) -> bool:
     """Whether the kernels for a single step, which read torch's weight layout, can compute the call."""
     plain = lengths is None and batch_sizes is None and recurrent_mask is None and zoneout == 0
-    plain = plain and cell != "gru_reset_before" and x.dtype is torch.float32 and _are_none(norms)
-    return plain and x.shape[0] == 1
+    plain = plain and cell != "gru_reset_before" and x.dtype is torch.float32
+    return plain and weight_hr is None and _are_none(norms) and x.shape[0] == 1
 
 
 def _are_none(norms: Sequence[Tensor | None]) -> bool:
@@ -247,6 +250,7 @@ def forward(
     h0: Tensor | None,
     c0: Tensor | None,
     norms: Sequence[Tensor | None],
+    weight_hr: Tensor | None,
     lengths: Tensor | None,
     batch_sizes: Tensor | None,
     resets: Tensor | None,
@@ -264,28 +268,31 @@ def forward(
     """
     if not _has_kernels(x.dtype):
         inputs = _widened((x, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0))
+        weight_hr = None if weight_hr is None else weight_hr.float()
         ends = _widened((lengths, batch_sizes, resets, recurrent_mask))
-        arguments = [cell, *inputs, norms, *ends, zoneout, zoneout_seed, reverse, save, cell_states]
+        arguments = [cell, *inputs, norms, weight_hr, *ends, zoneout, zoneout_seed, reverse, save, cell_states]
         y, h_n, c_n, saved, c_all = forward(*arguments)
         return y.to(x.dtype), h_n.to(x.dtype), c_n.to(x.dtype), saved, c_all
     library: Any = native.load()
-    hidden = weight_hh.shape[1]
-    gates = weight_hh.shape[0] // hidden
+    gates = _GATES[cell]
+    hidden, outputs = weight_hh.shape[0] // gates, weight_hh.shape[1]
     x = _with_unit_stride(x)
     lstm = cell == "lstm"
     batch = _batch(x, batch_sizes)
     rows = x.shape[0] * x.shape[1] if batch_sizes is None else x.shape[0]
     expected = zoneout > 0 and zoneout_seed is None
-    y = new_like_rows(x, hidden)
-    h_n = x.new_empty(batch, hidden, dtype=torch.float32)
+    y = new_like_rows(x, outputs)
+    h_n = x.new_empty(batch, outputs, dtype=torch.float32)
     c_n = x.new_empty((batch, hidden) if lstm else 0, dtype=torch.float32)
     norms = [_state(parameter) for parameter in norms]
     sizes = library.saved_sizes(CELL_INDEX[cell], rows, hidden, expected, not _are_none(norms))
     saved = workspace(x, (sum(sizes) if save else 0,))
     if lstm and cell_states:
         c_all = new_like_rows(x, hidden, torch.float32)
+    elif lstm and save:
+        c_all = workspace(x, (*y.shape[:-1], hidden), y.stride() if weight_hr is None else None)
     else:
-        c_all = workspace(x, y.shape, y.stride()) if lstm and save else x.new_empty(0, dtype=torch.float32)
+        c_all = x.new_empty(0, dtype=torch.float32)
     if batch == 0:
         return y, h_n.to(x.dtype), c_n.to(x.dtype), saved, c_all
     # Without gradients the weights usually stand still, so that a checksum is worth its time; training changes them, if
@@ -294,7 +301,7 @@ def forward(
     bias_ih, bias_hh, h0, c0, recurrent_mask = map(_state, (bias_ih, bias_hh, h0, c0, recurrent_mask))
     threads = torch.get_num_threads()
 
-    if is_step(cell, x, norms, lengths, batch_sizes, recurrent_mask, zoneout):
+    if is_step(cell, x, norms, weight_hr, lengths, batch_sizes, recurrent_mask, zoneout):
         h0, c0 = _reset_state(h0, resets), _reset_state(c0, resets)
         launch_step(cell, x, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, h_n, c_n, saved)
         y.copy_(h_n[None])
@@ -304,17 +311,19 @@ def forward(
 
     options = (lengths, batch_sizes, resets, recurrent_mask, zoneout, zoneout_seed, reverse)
     library.forward(
-        _layout(cell, x, hidden, *options),
+        _layout(cell, x, hidden, outputs, *options),
         x.data_ptr(),
         _time_strides(x),
         None if weight_ih is None else _pack(weight_ih, x.dtype, cell, gates, False, False, reuse),
         _pack(weight_hh, x.dtype, cell, gates, True, False, reuse),
+        None if weight_hr is None else _pack(weight_hr, x.dtype, "rnn_tanh", 1, False, False, reuse),
         *map(_address, (bias_ih, bias_hh, h0, c0, y)),
         _time_strides(y),
         h_n.data_ptr(),
         _address(c_n) if lstm else 0,
         _address(saved) if save and sizes[0] else 0,
         _address(c_all) if c_all.numel() else 0,
+        _time_strides(c_all) if c_all.numel() else (0, 0),
         [*map(_address, norms)],
         saved.data_ptr() + 4 * sizes[0] if save and sizes[1] else 0,
         threads,
@@ -334,6 +343,7 @@ def backward(
     h0: Tensor | None,
     c0: Tensor | None,
     norms: Sequence[Tensor | None],
+    weight_hr: Tensor | None,
     lengths: Tensor | None,
     batch_sizes: Tensor | None,
     resets: Tensor | None,
@@ -352,17 +362,31 @@ def backward(
     """
     if not _has_kernels(x.dtype):
         inputs = _widened((dy, dh_n, dc_n, dc_all, x, weight_ih, weight_hh, h0, c0))
+        weight_hr = None if weight_hr is None else weight_hr.float()
         ends = _widened((lengths, batch_sizes, resets, recurrent_mask))
-        arguments = [cell, *inputs, norms, *ends, zoneout, zoneout_seed, reverse, y.float(), saved, c_all, needs]
+        arguments = [
+            cell,
+            *inputs,
+            norms,
+            weight_hr,
+            *ends,
+            zoneout,
+            zoneout_seed,
+            reverse,
+            y.float(),
+            saved,
+            c_all,
+            needs,
+        ]
         return _narrowed(backward(*arguments), x.dtype, weight_hh.dtype)
     library: Any = native.load()
-    hidden = weight_hh.shape[1]
-    gates = weight_hh.shape[0] // hidden
+    gates = _GATES[cell]
+    hidden, outputs = weight_hh.shape[0] // gates, weight_hh.shape[1]
     lstm = cell == "lstm"
     x = _with_unit_stride(x)
     batch = _batch(x, batch_sizes)
     norms = [_state(parameter) for parameter in norms]
-    gradients = _new_gradients(x, weight_hh, batch, needs, torch.float32, torch.float32)
+    gradients = _new_gradients(x, weight_hh, hidden, batch, needs, torch.float32, torch.float32)
     if batch == 0:
         zeros = tuple(x.new_empty(0) if gradient is None else gradient.zero_() for gradient in gradients)
         return _narrowed(zeros, x.dtype, weight_hh.dtype)
@@ -372,7 +396,7 @@ def backward(
     dx, dh0, dc0 = gradients[0], gradients[5], gradients[6]
     threads = torch.get_num_threads()
 
-    if is_step(cell, x, norms, lengths, batch_sizes, recurrent_mask, zoneout):
+    if is_step(cell, x, norms, weight_hr, lengths, batch_sizes, recurrent_mask, zoneout):
         dh, dc = _of_one_step(dy, dh_n), _of_one_step(dc_all, dc_n)
         h0, c0 = _reset_state(h0, resets), _reset_state(c0, resets)
         weights = (None if weight_ih is None else weight_ih.contiguous(), weight_hh.contiguous())
@@ -402,7 +426,7 @@ def backward(
         sizes = library.saved_sizes(CELL_INDEX[cell], math.prod(x.shape[:-1]), hidden, expected, not _are_none(norms))
         options = (lengths, batch_sizes, resets, recurrent_mask, zoneout, zoneout_seed, reverse)
         library.backward(
-            _layout(cell, x, hidden, *options),
+            _layout(cell, x, hidden, outputs, *options),
             _address(dy),
             (0, 0) if dy is None else _time_strides(dy),
             _address(dh_n),
@@ -413,18 +437,20 @@ def backward(
             _time_strides(x),
             _pack(weight_ih, x.dtype, cell, gates, False, True, reuse) if project else None,  # type: ignore[arg-type]
             _pack(weight_hh, x.dtype, cell, gates, True, True, reuse),
+            None if weight_hr is None else _pack(weight_hr, x.dtype, "rnn_tanh", 1, False, True, reuse),
             _address(h0),
             _address(c0) if lstm else 0,
             y.data_ptr(),
             _time_strides(y),
             _address(saved) if sizes[0] else 0,
             _address(c_all) if lstm else 0,
+            _time_strides(c_all) if lstm else (0, 0),
             _address(dx),
             (0, 0) if dx is None else _time_strides(dx),
-            *map(_address, gradients[1:7]),
+            *map(_address, (*gradients[1:3], gradients[13], *gradients[3:7])),
             [*map(_address, norms)],
             saved.data_ptr() + 4 * sizes[0] if sizes[1] else 0,
-            [*map(_address, gradients[7:])],
+            [*map(_address, gradients[7:13])],
             threads,
         )
     found = tuple(x.new_empty(0) if gradient is None else gradient for gradient in gradients)
@@ -446,14 +472,21 @@ def _of_one_step(sequence: Tensor | None, final: Tensor | None) -> Tensor | None
 
 
 def _new_gradients(
-    x: Tensor, weight_hh: Tensor, batch: int, needs: list[bool], weight: torch.dtype, state: torch.dtype
+    x: Tensor, weight_hh: Tensor, hidden: int, batch: int, needs: list[bool], weight: torch.dtype, state: torch.dtype
 ) -> list[Tensor | None]:
     """Empty gradients of RecurrenceCall.inputs; None where `needs` is False."""
-    rows, hidden = weight_hh.shape
+    rows, outputs = weight_hh.shape
     inputs = x.shape[-1]
-    shapes: list[tuple[int, ...]] = [(rows, inputs), (rows, hidden), (rows,), (rows,), (batch, hidden), (batch, hidden)]
-    shapes += [(rows,)] * 4 + [(hidden,)] * 2
-    dtypes = [weight] * 4 + [state] * 2 + [weight] * 6
+    shapes: list[tuple[int, ...]] = [
+        (rows, inputs),
+        (rows, outputs),
+        (rows,),
+        (rows,),
+        (batch, outputs),
+        (batch, hidden),
+    ]
+    shapes += [(rows,)] * 4 + [(hidden,)] * 2 + [(outputs, hidden)]
+    dtypes = [weight] * 4 + [state] * 2 + [weight] * 7
     rest = [
         x.new_empty(shape, dtype=dtype) if need else None
         for shape, dtype, need in zip(shapes, dtypes, needs[1:], strict=True)
@@ -471,6 +504,7 @@ def fake_forward(
     h0: Tensor | None,
     c0: Tensor | None,
     norms: Sequence[Tensor | None],
+    weight_hr: Tensor | None,
     lengths: Tensor | None,
     batch_sizes: Tensor | None,
     resets: Tensor | None,
@@ -483,7 +517,7 @@ def fake_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Shapes, strides and dtypes of `forward`, for tracing."""
     lstm = cell == "lstm"
-    hidden = weight_hh.shape[1]
+    hidden, outputs = weight_hh.shape[0] // _GATES[cell], weight_hh.shape[1]
     x = _with_unit_stride(x)
     batch: Any
     if batch_sizes is None:
@@ -493,15 +527,16 @@ def fake_forward(
         rows = x.shape[0]
     expected = zoneout > 0 and zoneout_seed is None
     sizes = native.load().saved_sizes(CELL_INDEX[cell], 1, hidden, expected, not _are_none(norms))  # type: ignore[union-attr]
-    y = new_like_rows(x, hidden)
+    if lstm and (cell_states or (save and weight_hr is None)):
+        c_all = new_like_rows(x, hidden, torch.float32)
+    else:
+        c_all = x.new_empty((*x.shape[:-1], hidden) if lstm and save else 0, dtype=torch.float32)
     return (
-        y,
-        x.new_empty(batch, hidden),
+        new_like_rows(x, outputs),
+        x.new_empty(batch, outputs),
         x.new_empty((batch, hidden) if lstm else 0),
         x.new_empty(rows * sum(sizes) if save else 0, dtype=torch.float32),
-        new_like_rows(x, hidden, torch.float32)
-        if lstm and (save or cell_states)
-        else x.new_empty(0, dtype=torch.float32),
+        c_all,
     )
 
 
@@ -517,6 +552,7 @@ def fake_backward(
     h0: Tensor | None,
     c0: Tensor | None,
     norms: Sequence[Tensor | None],
+    weight_hr: Tensor | None,
     lengths: Tensor | None,
     batch_sizes: Tensor | None,
     resets: Tensor | None,
@@ -533,7 +569,8 @@ def fake_backward(
     x = _with_unit_stride(x)
     state = h0 if h0 is not None else c0
     batch = 0 if state is None else state.shape[0]  # only the states' gradients have this size
-    gradients = _new_gradients(x, weight_hh, batch, needs, weight_hh.dtype, x.dtype)
+    hidden = weight_hh.shape[0] // _GATES[cell]
+    gradients = _new_gradients(x, weight_hh, hidden, batch, needs, weight_hh.dtype, x.dtype)
     found = tuple(x.new_empty(0) if gradient is None else gradient for gradient in gradients)
     return _narrowed(found, x.dtype, weight_hh.dtype)
 

@@ -338,7 +338,9 @@ def run_on(call: RecurrenceCall, picked: str) -> tuple[Tensor, Tensor, Tensor | 
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs):
         y, h_n, c_n, c_all = _Recurrence.apply(cell, call.return_cell_states, *inputs, *options)
     else:
-        y, h_n, c_n, _, c_all = _forward(cell, *inputs[:7], inputs[7:], *options, False, call.return_cell_states)
+        y, h_n, c_n, _, c_all = _forward(
+            cell, *inputs[:7], inputs[7:13], inputs[13], *options, False, call.return_cell_states
+        )
     lstm = call.cell == "lstm"
     cell_states = c_all.to(y.dtype) if lstm and call.return_cell_states else None
     if call.cell == "gru" and y.dtype != call.x.dtype:
@@ -369,14 +371,14 @@ def _backward(*args: Any) -> tuple[Tensor, ...]:
     return torch.ops.fastrnn.recurrence_backward(*args) if _use_registered_op() else cpu.backward(*args)
 
 
-_INPUT_COUNT = 13  # of RecurrenceCall.inputs
+_INPUT_COUNT = 14  # of RecurrenceCall.inputs
 
 
 class _Recurrence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, cell: str, cell_states: bool, *arguments: Any) -> tuple[Tensor | None, ...]:
         inputs, options = arguments[:_INPUT_COUNT], arguments[_INPUT_COUNT:]
-        y, h_n, c_n, saved, c_all = _forward(cell, *inputs[:7], inputs[7:], *options, True, cell_states)
+        y, h_n, c_n, saved, c_all = _forward(cell, *inputs[:7], inputs[7:13], inputs[13], *options, True, cell_states)
         ctx.cell, ctx.scalars = cell, options[4:]
         # A copy of y, so that the caller may work on y in place as with torch.nn (0.2 % of a training step).
         kept = y.clone() if _use_registered_op() else cpu.workspace(y, y.shape, y.stride(), y.dtype).copy_(y)
@@ -396,9 +398,9 @@ class _Recurrence(torch.autograd.Function):
             found = _differentiable_gradients(ctx.cell, tensors, ctx.scalars, gradients, needs)
         else:
             x, weight_ih, weight_hh, _, _, h0, c0 = tensors[:7]
-            norms, options = tensors[7:_INPUT_COUNT], tensors[_INPUT_COUNT:]
+            norms, weight_hr, options = tensors[7:13], tensors[13], tensors[_INPUT_COUNT:]
             kept = (y, saved, c_all, list(needs))
-            inputs = (x, weight_ih, weight_hh, h0, c0, norms)
+            inputs = (x, weight_ih, weight_hh, h0, c0, norms, weight_hr)
             all_found = _backward(ctx.cell, *gradients, *inputs, *options, *ctx.scalars, *kept)
             found = [gradient if need else None for gradient, need in zip(all_found, needs, strict=True)]
         return None, None, *found, *[None] * 7
@@ -422,7 +424,8 @@ def _differentiable_gradients(
             *cast("tuple[Any, Any, Any, Any, Any, Any, Any]", same[:7]),
             layer_norm_ih=_norm(same[7:9]),
             layer_norm_hh=_norm(same[9:11]),
-            layer_norm_c=_norm(same[11:]),
+            layer_norm_c=_norm(same[11:13]),
+            weight_hr=same[13],
             reset_after=not cell.endswith("_reset_before"),
             lengths=lengths,
             batch_sizes=batch_sizes,
@@ -450,6 +453,7 @@ def _norm(parameters: tuple[Tensor | None, ...]) -> Norm | None:
 
 _INPUTS = (
     "Tensor x, Tensor? weight_ih, Tensor weight_hh, {}Tensor? h0, Tensor? c0, Tensor?[] norms, "
+    "Tensor? weight_hr, "
     "Tensor? lengths, Tensor? batch_sizes, Tensor? resets, Tensor? recurrent_mask, "
     "float zoneout, SymInt? zoneout_seed, bool reverse, "
 )
