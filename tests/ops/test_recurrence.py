@@ -166,9 +166,11 @@ def cases(draw: st.DrawFn) -> Case:
     options = tuple(option for option in available if draw(st.booleans()))
     hidden, layouts = draw(small | odd), list(LAYOUTS)
     if {"layer_norm", "layer_norm_c"} & set(options):
-        # Equal numbers have no deviation, and the norm of two is their signs: both results are rounding error alone.
+        # Equal numbers have no deviation, and the norm of two is their signs: both results are rounding error alone. In
+        # float16 the yardstick, which squares small numbers, is NaN at times.
         hidden = max(hidden, 5)
         layouts.remove("expanded")
+        dtype = torch.float32 if dtype is torch.float16 else dtype
     return Case(
         cell,
         steps,
@@ -350,7 +352,10 @@ def test_the_short_way_of_one_step(cell: str) -> None:
 @pytest.mark.parametrize("shape", [(1, 60, 64, 96), (6, 32, 64, 96), (8, 600, 8, 8), (5, 2, 100, 200)], ids=str)
 @pytest.mark.parametrize("cell", CELLS)
 def test_any_number_of_threads(cell: str, shape: tuple[int, int, int, int]) -> None:
-    case = Case(cell, *shape, kernel_options(cell))
+    options = set(kernel_options(cell))
+    if shape[-1] < 16:  # Among so many rows of so few units there are some which layer norm magnifies at will.
+        options -= {"layer_norm", "layer_norm_c"}
+    case = Case(cell, *shape, tuple(sorted(options)))
     results = {}
     for threads in (1, 2, 3, 7):
         torch.set_num_threads(threads)
