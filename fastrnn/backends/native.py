@@ -8,6 +8,8 @@ from types import ModuleType
 
 import torch
 
+_INSTRUCTION_SETS = ("avx512", "avx2", "portable")
+
 
 def _load() -> tuple[ModuleType | None, str | None]:
     try:
@@ -19,6 +21,10 @@ def _load() -> tuple[ModuleType | None, str | None]:
             stacklevel=2,
         )
         return None, str(error)
+    cap = os.environ.get("FASTRNN_CPU_ISA")
+    if cap and cap not in _INSTRUCTION_SETS:
+        known = ", ".join(map(repr, _INSTRUCTION_SETS))
+        warnings.warn(f"FASTRNN_CPU_ISA must be one of {known}, got {cap!r}; using {library.cpu_isa()!r}", stacklevel=2)
     if torch.backends.openmp.is_available():
         # Threads come from torch's own pool, so that torch.set_num_threads holds and no second OpenMP runtime is
         # loaded. The address of torch_parallel_for (C ABI since torch 2.10) is all that the torch-free library needs.

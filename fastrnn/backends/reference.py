@@ -23,8 +23,8 @@ def run(call: RecurrenceCall) -> Result:
         gates_x = gates_x @ call.weight_ih.T
         if call.layer_norm_ih is not None:
             gates_x = reference.layer_norm(gates_x, reference.CELLS[call.cell].norm_groups, *call.layer_norm_ih)
-        if call.bias_ih is not None:
-            gates_x = gates_x + call.bias_ih
+    if call.bias_ih is not None:
+        gates_x = gates_x + call.bias_ih
     return reference.recurrence(
         call.cell,
         gates_x,

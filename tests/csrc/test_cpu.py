@@ -129,6 +129,12 @@ def test_environment_caps_the_instruction_set(name: str) -> None:
     assert done.stdout.split() == [name]
 
 
+def test_an_unknown_instruction_set_in_the_environment_is_named() -> None:
+    env = {**os.environ, "FASTRNN_CPU_ISA": "sse9"}
+    done = subprocess.run([sys.executable, "-c", "import fastrnn"], env=env, capture_output=True, text=True, check=True)
+    assert f"'portable', got 'sse9'; using '{ISAS[0]}'" in done.stderr
+
+
 # Checksum
 
 
