@@ -253,7 +253,12 @@ class _Loop(_Around):
             product = self._linear(masked, weight, bias, weights["norm_hh"])
             if c is not None:
                 i, f, g, o = (x + product).chunk(4, -1)
+                if "peephole" in weights:
+                    p_i, p_f, p_o = weights["peephole"].chunk(3)
+                    i, f = i + p_i * c, f + p_f * c
                 c_new = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+                if "peephole" in weights:
+                    o = o + p_o * c_new
                 norm = weights["norm_c"]
                 normed = c_new if norm is None else nn.functional.layer_norm(c_new, c.shape[-1:], *norm)
                 h_new = torch.sigmoid(o) * torch.tanh(normed)
@@ -300,6 +305,8 @@ class _Loop(_Around):
             "norm_hh": self._affine("hh"),
             "norm_c": self._affine("c"),
         }
+        if "peephole" in self.options:
+            weights["peephole"] = layer.weight_peephole_l0
         of_steps: dict[str, Tensor] = {}
         # The masks are the layer's own, so that results can be compared; torch.dropout takes 16 ms for this weight_hh.
         if self.training and "weight_dropout" in self.options:

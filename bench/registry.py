@@ -58,6 +58,7 @@ VARIANTS = {
     "recurrent_dropout": Variant("`recurrent_dropout=0.2`", {"recurrent_dropout": 0.2}, modes=("training",)),
     "weight_dropout": Variant("`weight_dropout=0.2`", {"weight_dropout": 0.2}, modes=("training",)),
     "layer_norm": Variant("`layer_norm=True`", {"layer_norm": True}),
+    "peephole": Variant("`peephole=True`", {"peephole": True}, cells=("lstm",)),
     "reset_before": Variant("`reset_after=False`", {"reset_after": False}, cells=("gru",)),
 }
 VARIANT_SHAPE = "c"

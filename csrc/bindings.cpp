@@ -94,12 +94,18 @@ class PackedWeight {
 
 using Strides = std::pair<int64_t, int64_t>;
 
-// Weights and biases of the layer norms of W_ih x, W_hh h and c.
-using Norms = std::array<uintptr_t, 6>;
+// What the options of a call add to the parameters: weights and biases of the layer norms of W_ih x, W_hh h and c, then the
+// peepholes.
+using Parameters = std::array<uintptr_t, 7>;
 
 template <class Norm, class T>
-Norm norm_at(const Norms& norms, int index) {
-  return {pointer<T>(norms[2 * index]), pointer<T>(norms[2 * index + 1])};
+Norm norm_at(const Parameters& parameters, int index) {
+  return {pointer<T>(parameters[2 * index]), pointer<T>(parameters[2 * index + 1])};
+}
+
+template <class T>
+T* peephole_at(const Parameters& parameters) {
+  return pointer<T>(parameters[6]);
 }
 
 // Where the rows of a call lie and which of them take part in each step.
@@ -159,9 +165,9 @@ class Layout {
 };
 
 void forward(const Layout& layout, uintptr_t x, Strides x_strides, const PackedWeight* weight_ih,
-             const PackedWeight& weight_hh, const PackedWeight* weight_hr, uintptr_t bias_ih, uintptr_t bias_hh, uintptr_t h0, uintptr_t c0,
-             uintptr_t y, Strides y_strides, uintptr_t h_n, uintptr_t c_n, uintptr_t saved, uintptr_t c_all, Strides c_strides,
-             const Norms& norms, uintptr_t norm_saved, int threads) {
+             const PackedWeight& weight_hh, const PackedWeight* weight_hr, uintptr_t bias_ih, uintptr_t bias_hh,
+             uintptr_t h0, uintptr_t c0, uintptr_t y, Strides y_strides, uintptr_t h_n, uintptr_t c_n, uintptr_t saved,
+             uintptr_t c_all, Strides c_strides, const Parameters& parameters, uintptr_t norm_saved, int threads) {
   std::vector<int64_t> x_offsets, y_offsets, c_offsets;
   const ForwardArgs args{pointer(x),
                          layout.rows(x_strides, x_offsets),
@@ -179,21 +185,22 @@ void forward(const Layout& layout, uintptr_t x, Strides x_strides, const PackedW
                          pointer(saved),
                          pointer(c_all),
                          layout.rows(c_strides, c_offsets),
-                         norm_at<Norm, const float>(norms, 0),
-                         norm_at<Norm, const float>(norms, 1),
-                         norm_at<Norm, const float>(norms, 2),
-                         pointer(norm_saved)};
+                         norm_at<Norm, const float>(parameters, 0),
+                         norm_at<Norm, const float>(parameters, 1),
+                         norm_at<Norm, const float>(parameters, 2),
+                         pointer(norm_saved),
+                         peephole_at<const float>(parameters)};
   py::gil_scoped_release release;
   layout.kernels.forward(layout.problem, args, team_size(threads));
 }
 
 void backward(const Layout& layout, uintptr_t dy, Strides dy_strides, uintptr_t dh_n, uintptr_t dc_n,
-              uintptr_t dc_all, Strides dc_all_strides, uintptr_t x, Strides x_strides, const PackedWeight* weight_ih, const PackedWeight& weight_hh,
-              const PackedWeight* weight_hr, uintptr_t h0,
-              uintptr_t c0, uintptr_t y, Strides y_strides, uintptr_t saved, uintptr_t c_all, Strides c_strides, uintptr_t dx,
-              Strides dx_strides, uintptr_t dweight_ih, uintptr_t dweight_hh, uintptr_t dweight_hr,
-              uintptr_t dbias_ih, uintptr_t dbias_hh, uintptr_t dh0, uintptr_t dc0, const Norms& norms, uintptr_t norm_saved, const Norms& dnorms,
-              int threads) {
+              uintptr_t dc_all, Strides dc_all_strides, uintptr_t x, Strides x_strides, const PackedWeight* weight_ih,
+              const PackedWeight& weight_hh, const PackedWeight* weight_hr, uintptr_t h0, uintptr_t c0, uintptr_t y,
+              Strides y_strides, uintptr_t saved, uintptr_t c_all, Strides c_strides, uintptr_t dx, Strides dx_strides,
+              uintptr_t dweight_ih, uintptr_t dweight_hh, uintptr_t dweight_hr, uintptr_t dbias_ih, uintptr_t dbias_hh,
+              uintptr_t dh0, uintptr_t dc0, const Parameters& parameters, uintptr_t norm_saved,
+              const Parameters& dparameters, int threads) {
   std::vector<int64_t> dy_offsets, dc_all_offsets, x_offsets, y_offsets, c_offsets, dx_offsets;
   const BackwardArgs args{pointer(dy),
                           layout.rows(dy_strides, dy_offsets),
@@ -222,13 +229,15 @@ void backward(const Layout& layout, uintptr_t dy, Strides dy_strides, uintptr_t 
                           pointer(dbias_hh),
                           pointer(dh0),
                           pointer(dc0),
-                          norm_at<Norm, const float>(norms, 0),
-                          norm_at<Norm, const float>(norms, 1),
-                          norm_at<Norm, const float>(norms, 2),
+                          norm_at<Norm, const float>(parameters, 0),
+                          norm_at<Norm, const float>(parameters, 1),
+                          norm_at<Norm, const float>(parameters, 2),
                           pointer(norm_saved),
-                          norm_at<NormGradient, float>(dnorms, 0),
-                          norm_at<NormGradient, float>(dnorms, 1),
-                          norm_at<NormGradient, float>(dnorms, 2)};
+                          norm_at<NormGradient, float>(dparameters, 0),
+                          norm_at<NormGradient, float>(dparameters, 1),
+                          norm_at<NormGradient, float>(dparameters, 2),
+                          peephole_at<const float>(parameters),
+                          peephole_at<float>(dparameters)};
   py::gil_scoped_release release;
   layout.kernels.backward(layout.problem, args, team_size(threads));
 }

@@ -71,6 +71,22 @@ FASTRNN_CELL V lstm_output(V o, V c) {
   return o * tanh(c);
 }
 
+// Diagonal weights with which the gates see the cell state: i and f that of the step before, o the new one.
+template <class V>
+struct LstmPeephole {
+  V i, f, o;
+};
+
+// As lstm_cell_state.
+template <class V>
+FASTRNN_CELL void lstm_peephole_cell_state(LstmGates<V>& gates, const LstmPeephole<V>& peephole, V& c) {
+  const V o = gates.o;
+  gates.i = gates.i + peephole.i * c;
+  gates.f = gates.f + peephole.f * c;
+  lstm_cell_state(gates, c);
+  gates.o = sigmoid(o + peephole.o * c);
+}
+
 // gates: activations on entry, gradients of the pre-activations on return. tanh_c: what h is o times of. dc: gradient of c_t
 // on entry, with what comes through h_t; of c_{t-1} on return.
 template <class V>
@@ -83,12 +99,21 @@ FASTRNN_CELL void lstm_gate_gradients(LstmGates<V>& gates, V c_previous, V tanh_
   dc = dc * f;
 }
 
-// The same where h = o * tanh(c); dc on entry without what comes through h_t.
+// Adds to dc what comes through h_t = o * tanh(c_t); returns tanh(c_t). gates: activations.
 template <class V>
-FASTRNN_CELL void lstm_backward(LstmGates<V>& gates, V c_previous, V dh, V& dc) {
+FASTRNN_CELL V lstm_output_backward(const LstmGates<V>& gates, V c_previous, V dh, V& dc) {
   const V tanh_c = tanh(gates.f * c_previous + gates.i * gates.g);
   dc = dc + dh * gates.o * (1.0f - tanh_c * tanh_c);
+  return tanh_c;
+}
+
+// As lstm_gate_gradients.
+template <class V>
+FASTRNN_CELL void lstm_peephole_gate_gradients(LstmGates<V>& gates, const LstmPeephole<V>& peephole, V c_previous,
+                                               V tanh_c, V dh, V& dc) {
+  dc = dc + peephole.o * (dh * tanh_c * gates.o * (1.0f - gates.o));
   lstm_gate_gradients(gates, c_previous, tanh_c, dh, dc);
+  dc = dc + peephole.i * gates.i + peephole.f * gates.f;
 }
 
 template <class V>

@@ -226,6 +226,7 @@ def test_cases():
     assert len(set(ids)) == len(ids)
     assert {"rnn-a-forward-fp32", "gru-e-training-bf16", "lstm-step16-step-fp32"} < set(ids)
     assert "lstm-c-training-fp32-layer_norm" in ids
+    assert "lstm-c-forward-fp32-peephole" in ids and "gru-c-forward-fp32-peephole" not in ids
     assert "gru-c-forward-fp32-reset_before" in ids and "lstm-c-forward-fp32-reset_before" not in ids
     assert not [id for id in ids if "forward" in id and id.endswith("dropout")]
     assert LSTM.baseline is None

@@ -88,8 +88,11 @@ constexpr GradientBlock gradient_block(int block) {
 }
 
 // Rows of one pass of dG^T [h | x]. Shorter sums round less, longer ones write dW less often (384: 3 % faster than 128),
-// which matters where dW is large.
-inline int64_t outer_depth(int64_t hidden_size) { return hidden_size <= 64 ? 64 : hidden_size <= 256 ? 128 : 384; }
+// which matters where dW is large. Up to H = 128, 96 is the most that keeps dW_hh within twice torch's error, and costs
+// nothing; 64 would take 3 % longer.
+inline int64_t outer_depth(int64_t hidden_size) {
+  return hidden_size <= 64 ? 64 : hidden_size <= 128 ? 96 : hidden_size <= 256 ? 128 : 384;
+}
 
 template <Cell cell>
 class Backward {
@@ -127,7 +130,7 @@ class Backward {
         right_((h_panels_ + x_panels_ + (kResetBefore || args.weight_hr ? panels_ : 0)) * kColumns * chunk_words_),
         dh_(chunk_rows_ * dh_stride_),
         norm_work_(norms() ? problem.batch * vectors_ * kNormValues * kLanes : 0),
-        norm_sums_(norms() ? deal_.slots * 2 * norm_sums_size() : 0),
+        parameter_sums_(has_parameter_sums() ? deal_.slots * 2 * parameter_sums_size() : 0),
         parts_hh_(args.norm_hh.weight ? problem.batch : 0, kGroups, problem.hidden_size),
         parts_ih_(args.norm_ih.weight ? problem.batch : 0, kGroups, problem.hidden_size),
         parts_c_(args.norm_c.weight ? problem.batch : 0, 1, problem.hidden_size),
@@ -160,8 +163,11 @@ class Backward {
   // Of a row's vector of units, in norm_work_: gradients of the gates' pre-activations, the GRU's W_hn h + b_hn last.
   static constexpr int kNormValues = 4;
 
-  // A slot's sums over rows: for W_hh h and W_ih x those of dy x^ and dy, G * H each, then the same for c, H each.
-  int64_t norm_sums_size() const { return (4 * kGates + 2) * vectors_ * kLanes; }
+  // A slot's sums over rows, H each. For the norms of W_hh h and W_ih x those of dy x^ and dy, G each, then the same for that
+  // of c; the gradients of the peepholes i f o.
+  static constexpr int kStateSums = 4 * kGates, kPeepholeSums = kStateSums + 2, kParameterSums = kPeepholeSums + 3;
+  bool has_parameter_sums() const { return norms() || args_.peephole; }
+  int64_t parameter_sums_size() const { return kParameterSums * vectors_ * kLanes; }
 
   static int64_t largest_chunk(const Problem& problem) {
     int64_t rows = smaller(kGradientRows, problem.row_base[problem.steps]);
@@ -237,8 +243,8 @@ class Backward {
     void run() {
       pass_through();
       zero_sums();
-      for (int64_t slot = begin; f.norms() && slot < end; ++slot)
-        __builtin_memset(norm_sums(slot), 0, f.norm_sums_size() * sizeof(double));
+      for (int64_t slot = begin; f.has_parameter_sums() && slot < end; ++slot)
+        __builtin_memset(parameter_sums(slot), 0, f.parameter_sums_size() * sizeof(double));
       const Word* next = nullptr;  // dG of step s + 1
       int64_t buffer = 0;
       bool first = true;
@@ -271,11 +277,8 @@ class Backward {
       }
       if (problem.steps > 0 && weight_hr) project_gradient(-1, next, 0);
       if (problem.steps > 0) recur(-1, next, nullptr, 0);
-      if (f.norms()) {
-        norm_gradients();
-      } else {
-        bias_gradients();
-      }
+      if (!f.norms()) bias_gradients();
+      if (f.has_parameter_sums()) parameter_gradients();
     }
 
     int64_t chunk_begin(int64_t s) const {
@@ -510,7 +513,8 @@ class Backward {
               store(work + kLanes, dc);
               store(work + 2 * kLanes, dc_old);  // lstm_normalized does the rest
             } else {
-              lstm_backward(gates, c_previous, dh, dc);
+              const Vec tanh_c = lstm_output_backward(gates, c_previous, dh, dc);
+              gate_gradients(unit, gates, c_previous, tanh_c, dh, dc);
               store(out, gates.i, count);
               store(out + gate, gates.f, count);
               store(out + 2 * gate, gates.g, count);
@@ -562,8 +566,8 @@ class Backward {
     float* norm_work(int64_t i, int64_t unit) const {
       return f.norm_work_.data() + (i * f.vectors_ + unit / kLanes) * (kNormValues * kLanes);
     }
-    double* norm_sums(int64_t slot) const {
-      return reinterpret_cast<double*>(f.norm_sums_.data()) + slot * f.norm_sums_size();
+    double* parameter_sums(int64_t slot) const {
+      return reinterpret_cast<double*>(f.parameter_sums_.data()) + slot * f.parameter_sums_size();
     }
     const float* norm_saved(int64_t s, int64_t i) const {
       return args.norm_saved + (problem.row_base[time(s)] + i) * NormSaved<cell>::row_size(problem.hidden_size);
@@ -582,8 +586,18 @@ class Backward {
       return load(values + gate * problem.hidden_size + unit, problem.hidden_size - unit);
     }
     void add_sums(int64_t index, int64_t unit, Vec values) const {
-      double* to = norm_sums(begin) + index * f.vectors_ * kLanes + unit;
+      double* to = parameter_sums(begin) + index * f.vectors_ * kLanes + unit;
       for (int lane = 0; lane < kLanes; ++lane) to[lane] += values[lane];
+    }
+
+    // As lstm_gate_gradients, with the peepholes where there are some.
+    void gate_gradients(int64_t unit, LstmGates<Vec>& gates, Vec c_previous, Vec tanh_c, Vec dh, Vec& dc) const {
+      if (!args.peephole) return lstm_gate_gradients(gates, c_previous, tanh_c, dh, dc);
+      const Vec c = gates.f * c_previous + gates.i * gates.g;
+      lstm_peephole_gate_gradients(gates, peephole_at(args.peephole, problem.hidden_size, unit), c_previous, tanh_c, dh, dc);
+      add_sums(kPeepholeSums, unit, gates.i * c_previous);
+      add_sums(kPeepholeSums + 1, unit, gates.f * c_previous);
+      add_sums(kPeepholeSums + 2, unit, gates.o * c);
     }
 
     template <class Function>
@@ -624,8 +638,8 @@ class Backward {
               dweight += dn * x;
               dbias += dn;
             }
-            add_sums(4 * kGates, unit, dweight);
-            add_sums(4 * kGates + 1, unit, dbias);
+            add_sums(kStateSums, unit, dweight);
+            add_sums(kStateSums + 1, unit, dbias);
           });
           meet();
         }
@@ -638,14 +652,16 @@ class Backward {
             const Vec dh = load(work), c_previous = c_before(s, i, unit);
             Vec dc = load(work + kLanes);
             LstmGates<Vec> gates{load(saved), load(saved + kLanes), load(saved + 2 * kLanes), load(saved + 3 * kLanes)};
+            Vec tanh_c;
             if (args.norm_c.weight) {
               dc += slope(s, i, NormSaved<cell>::kStateDeviation, 1) *
                     (parameter(args.norm_c.weight, 0, unit) * load(work + 3 * kLanes) - means.first -
                      normal(s, i, unit, NormSaved<cell>::kState) * means.second);
-              lstm_gate_gradients(gates, c_previous, tanh_at(i, unit), dh, dc);
+              tanh_c = tanh_at(i, unit);
             } else {
-              lstm_backward(gates, c_previous, dh, dc);
+              tanh_c = lstm_output_backward(gates, c_previous, dh, dc);
             }
+            gate_gradients(unit, gates, c_previous, tanh_c, dh, dc);
             store(c_carry_at(i) + unit, reset ? Vec{} : dc + load(work + 2 * kLanes));
             store(work, gates.i);
             store(work + kLanes, gates.f);
@@ -722,19 +738,22 @@ class Backward {
       write(input, args.norm_ih, f.parts_ih_, true);
     }
 
-    // The slots' sums, added up, to the gradients of the norms' parameters and of the biases.
-    void norm_gradients() const {
+    // The slots' sums, added up, to the gradients of the peepholes, and with layer norm to those of its parameters and of the
+    // biases.
+    void parameter_gradients() const {
       wait();
       const int64_t from = share(problem.hidden_size, begin), last = share(problem.hidden_size, end);
       auto write = [&](int index, float* to) {
         for (int64_t unit = from; to && unit < last; ++unit) {
           double total = 0;
           for (int64_t slot = 0; slot < f.deal_.slots; ++slot)
-            total += norm_sums(slot)[index * f.vectors_ * kLanes + unit];
+            total += parameter_sums(slot)[index * f.vectors_ * kLanes + unit];
           to[unit] = total;
         }
       };
       auto at = [&](float* to, int gate) { return to ? to + gate * problem.hidden_size : nullptr; };
+      for (int index = 0; index < 3; ++index) write(kPeepholeSums + index, at(args.dpeephole, index));
+      if (!f.norms()) return;
       for (int gate = 0; gate < kGates; ++gate) {
         write(gate, at(args.dnorm_hh.weight, gate));
         write(kGates + gate, at(args.dnorm_hh.bias, gate));
@@ -743,8 +762,8 @@ class Backward {
         write(3 * kGates + gate, at(args.dnorm_ih.bias, gate));
         write(3 * kGates + gate, at(args.dbias_ih, gate));
       }
-      write(4 * kGates, args.dnorm_c.weight);
-      write(4 * kGates + 1, args.dnorm_c.bias);
+      write(kStateSums, args.dnorm_c.weight);
+      write(kStateSums + 1, args.dnorm_c.bias);
     }
 
     // function(row within the chunk, step, row within the step, t) for the steps [low, high], in memory order.
@@ -975,7 +994,7 @@ class Backward {
   const int64_t gradient_stride_, state_stride_, tiles_, tile_words_,
       slot_floats_;
   const Zoneout zoneout_;
-  const Scratch gradients_, h_carry_, c_carry_, sums_, right_, dh_, norm_work_, norm_sums_;
+  const Scratch gradients_, h_carry_, c_carry_, sums_, right_, dh_, norm_work_, parameter_sums_;
   const RowParts parts_hh_, parts_ih_, parts_c_;
   const Scratch scratch_;
 };

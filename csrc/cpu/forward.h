@@ -49,6 +49,11 @@ inline Float* saved_output(const Problem& problem, Float* saved, int64_t t, int6
   return saved + (problem.row_base[t] + i) * ceil_div(problem.hidden_size, kLanes) * kLanes;
 }
 
+inline LstmPeephole<Vec> peephole_at(const float* peephole, int64_t hidden_size, int64_t unit) {
+  auto at = [&](int gate) { return load(peephole + gate * hidden_size + unit, hidden_size - unit); };
+  return {at(0), at(1), at(2)};
+}
+
 template <Cell cell>
 class Forward {
   using P = Panel<cell>;
@@ -652,23 +657,33 @@ class Forward {
         return pre_activation(product, x_part, row, vector, gate);
       };
       if constexpr (kLstm) {
-        for (int64_t row = 0; row < rows; ++row) {
-          LstmGates<Vec> gates{pre(row, 0, 0), pre(row, 0, 1), pre(row, 0, 2), pre(row, 0, 3)};
-          float* state = c_at(from + row) + p * kLanes;
-          const Vec c_previous = load(state);
-          Vec c = c_previous;
-          lstm_cell_state(gates, c);
-          store(product + row * P::kWidth, gates.o);
-          store(product + row * P::kWidth + kLanes, c);
-          if (f.zoneout_.used()) c = f.zoneout_.row(1, t, entry(from + row)).apply(p * kLanes, c, c_previous);
-          store(state, c);
-          if (args.saved) {
-            float* saved = saved_at(t, from + row, p * kLanes);
-            store(saved, gates.i);
-            store(saved + kLanes, gates.f);
-            store(saved + 2 * kLanes, gates.g);
-            store(saved + 3 * kLanes, gates.o);
+        auto activate_rows = [&](auto cell_state) __attribute__((always_inline)) {
+          for (int64_t row = 0; row < rows; ++row) {
+            LstmGates<Vec> gates{pre(row, 0, 0), pre(row, 0, 1), pre(row, 0, 2), pre(row, 0, 3)};
+            float* state = c_at(from + row) + p * kLanes;
+            const Vec c_previous = load(state);
+            Vec c = c_previous;
+            cell_state(gates, c);
+            store(product + row * P::kWidth, gates.o);
+            store(product + row * P::kWidth + kLanes, c);
+            if (f.zoneout_.used()) c = f.zoneout_.row(1, t, entry(from + row)).apply(p * kLanes, c, c_previous);
+            store(state, c);
+            if (args.saved) {
+              float* saved = saved_at(t, from + row, p * kLanes);
+              store(saved, gates.i);
+              store(saved + kLanes, gates.f);
+              store(saved + 2 * kLanes, gates.g);
+              store(saved + 3 * kLanes, gates.o);
+            }
           }
+        };
+        if (args.peephole) {
+          const auto peephole = peephole_at(args.peephole, problem.hidden_size, p * kLanes);
+          activate_rows([&](auto& gates, Vec& c) __attribute__((always_inline)) {
+            lstm_peephole_cell_state(gates, peephole, c);
+          });
+        } else {
+          activate_rows([](auto& gates, Vec& c) __attribute__((always_inline)) { lstm_cell_state(gates, c); });
         }
       } else if constexpr (cell == Cell::gru) {
         const Vec b_hn = load(bias_hn + (p - p0) * P::kUnits);

@@ -60,6 +60,7 @@ struct ForwardArgs {
   Rows c_rows;
   Norm norm_ih, norm_hh, norm_c;  // of W_ih x and W_hh h [G*H], and of c before its tanh [H]
   float* norm_saved;              // [rows] of NormSaved, or null
+  const float* peephole;          // [3*H], gates i f o, LSTM; or null
 };
 
 struct BackwardArgs {
@@ -93,6 +94,8 @@ struct BackwardArgs {
   Norm norm_ih, norm_hh, norm_c;
   const float* norm_saved;
   NormGradient dnorm_ih, dnorm_hh, dnorm_c;  // null where not wanted
+  const float* peephole;
+  float* dpeephole;  // or null
 };
 
 // One step straight from torch's weight layout, for calls too short to pay for packing. All [rows, columns] matrices

@@ -186,7 +186,8 @@ void step_gradients(const Problem& problem, const StepBackwardArgs& args, int64_
     if constexpr (cell == Cell::lstm) {
       LstmGates<Vec> gates{load(saved), load(saved + kLanes), load(saved + 2 * kLanes), load(saved + 3 * kLanes)};
       Vec dc = optional(args.dc);
-      lstm_backward(gates, optional(args.c0), dh, dc);
+      const Vec c_previous = optional(args.c0), tanh_c = lstm_output_backward(gates, c_previous, dh, dc);
+      lstm_gate_gradients(gates, c_previous, tanh_c, dh, dc);
       store(out, gates.i, count);
       store(out + hidden, gates.f, count);
       store(out + 2 * hidden, gates.g, count);

@@ -34,6 +34,7 @@ class RecurrenceCall:
     layer_norm_ih: Norm | None = None  # [G*H]
     layer_norm_hh: Norm | None = None  # [G*H]
     layer_norm_c: Norm | None = None  # [H]
+    peephole: Tensor | None = None  # [3*H], gates i f o (LSTM)
     reset_after: bool = True
     reverse: bool = False
     return_cell_states: bool = False  # every c_t [T, B, H] as well (LSTM)
@@ -50,6 +51,7 @@ class RecurrenceCall:
             "c0": self.c0,
             "weight_hr": self.weight_hr,
             "recurrent_mask": self.recurrent_mask,
+            "peephole": self.peephole,
         }
         for name in ("layer_norm_ih", "layer_norm_hh", "layer_norm_c"):
             norm = getattr(self, name)
@@ -58,20 +60,14 @@ class RecurrenceCall:
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def inputs(self) -> tuple[Tensor | None, ...]:
-        """All floating tensors that kernels have gradients for, given or not."""
+        """All floating tensors that kernels have gradients for, given or not; from the eighth on parameters of options.
+
+        Those are the norms' weights and biases, the peepholes, and weight_hr.
+        """
         none = (None, None)
         norms = (self.layer_norm_ih or none) + (self.layer_norm_hh or none) + (self.layer_norm_c or none)
-        return (
-            self.x,
-            self.weight_ih,
-            self.weight_hh,
-            self.bias_ih,
-            self.bias_hh,
-            self.h0,
-            self.c0,
-            *norms,
-            self.weight_hr,
-        )
+        plain = (self.x, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh, self.h0, self.c0)
+        return (*plain, *norms, self.peephole, self.weight_hr)
 
     def is_plain(self) -> bool:
         """Whether no option is in use: the fast way to ask, a tenth of a small step's time less than `options`."""
@@ -83,6 +79,7 @@ class RecurrenceCall:
             and self.layer_norm_ih is None
             and self.layer_norm_hh is None
             and self.layer_norm_c is None
+            and self.peephole is None
             and self.reset_after
             and not self.return_cell_states
         )
@@ -96,6 +93,7 @@ class RecurrenceCall:
             "recurrent_mask": self.recurrent_mask is not None,
             "layer_norm": self.layer_norm_hh is not None or self.layer_norm_ih is not None,
             "layer_norm_c": self.layer_norm_c is not None,
+            "peephole": self.peephole is not None,
             "reset_after=False": not self.reset_after,
             "return_cell_states": self.return_cell_states,
         }

@@ -32,6 +32,7 @@ KERNEL_OPTIONS = frozenset(
         "recurrent_mask",
         "layer_norm",
         "layer_norm_c",
+        "peephole",
         "return_cell_states",
         "reset_after=False",
     }
@@ -180,7 +181,9 @@ def _pack(
         )
         per_weight[key] = packed
     contiguous = weight.contiguous()
-    floats = weight.dtype is torch.float32
+    if weight.dtype not in (dtype, torch.float32):
+        contiguous = contiguous.float()
+    floats = contiguous.dtype is torch.float32
     packed.prepare(contiguous.data_ptr(), floats, backward, reuse and contiguous is weight, torch.get_num_threads())
     return packed
 
@@ -188,8 +191,7 @@ def _pack(
 def is_step(
     cell: str,
     x: Tensor,
-    norms: Sequence[Tensor | None],
-    weight_hr: Tensor | None,
+    parameters: Sequence[Tensor | None],
     lengths: Tensor | None,
     batch_sizes: Tensor | None,
     recurrent_mask: Tensor | None,
@@ -197,12 +199,16 @@ def is_step(
 ) -> bool:
     """Whether the kernels for a single step, which read torch's weight layout, can compute the call."""
     plain = lengths is None and batch_sizes is None and recurrent_mask is None and zoneout == 0
-    plain = plain and cell != "gru_reset_before" and x.dtype is torch.float32
-    return plain and weight_hr is None and _are_none(norms) and x.shape[0] == 1
+    plain = plain and cell != "gru_reset_before" and x.dtype is torch.float32 and _are_none(parameters)
+    return plain and x.shape[0] == 1
 
 
-def _are_none(norms: Sequence[Tensor | None]) -> bool:
-    return all(parameter is None for parameter in norms)
+def _are_none(parameters: Sequence[Tensor | None]) -> bool:
+    return all(parameter is None for parameter in parameters)
+
+
+def _has_norms(parameters: Sequence[Tensor | None]) -> bool:
+    return not _are_none(parameters[:6])
 
 
 def _reset_state(state: Tensor | None, resets: Tensor | None) -> Tensor | None:
@@ -249,8 +255,7 @@ def forward(
     bias_hh: Tensor | None,
     h0: Tensor | None,
     c0: Tensor | None,
-    norms: Sequence[Tensor | None],
-    weight_hr: Tensor | None,
+    parameters: Sequence[Tensor | None],
     lengths: Tensor | None,
     batch_sizes: Tensor | None,
     resets: Tensor | None,
@@ -264,13 +269,13 @@ def forward(
     """y, h_n, c_n, and what the backward pass needs with `save` (else empty): saved activations and every c_t.
 
     Every c_t also comes with `cell_states`, then as a tensor that may be handed to the user. These two are float32
-    whatever the dtype of x, which may differ from that of the weights.
+    whatever the dtype of x, which may differ from that of the weights. `parameters`: RecurrenceCall.inputs from the
+    eighth on.
     """
     if not _has_kernels(x.dtype):
         inputs = _widened((x, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0))
-        weight_hr = None if weight_hr is None else weight_hr.float()
         ends = _widened((lengths, batch_sizes, resets, recurrent_mask))
-        arguments = [cell, *inputs, norms, weight_hr, *ends, zoneout, zoneout_seed, reverse, save, cell_states]
+        arguments = [cell, *inputs, parameters, *ends, zoneout, zoneout_seed, reverse, save, cell_states]
         y, h_n, c_n, saved, c_all = forward(*arguments)
         return y.to(x.dtype), h_n.to(x.dtype), c_n.to(x.dtype), saved, c_all
     library: Any = native.load()
@@ -284,8 +289,9 @@ def forward(
     y = new_like_rows(x, outputs)
     h_n = x.new_empty(batch, outputs, dtype=torch.float32)
     c_n = x.new_empty((batch, hidden) if lstm else 0, dtype=torch.float32)
-    norms = [_state(parameter) for parameter in norms]
-    sizes = library.saved_sizes(CELL_INDEX[cell], rows, hidden, expected, not _are_none(norms))
+    weight_hr = parameters[7]
+    parameters = [_state(parameter) for parameter in parameters]
+    sizes = library.saved_sizes(CELL_INDEX[cell], rows, hidden, expected, _has_norms(parameters))
     saved = workspace(x, (sum(sizes) if save else 0,))
     if lstm and cell_states:
         c_all = new_like_rows(x, hidden, torch.float32)
@@ -301,7 +307,7 @@ def forward(
     bias_ih, bias_hh, h0, c0, recurrent_mask = map(_state, (bias_ih, bias_hh, h0, c0, recurrent_mask))
     threads = torch.get_num_threads()
 
-    if is_step(cell, x, norms, weight_hr, lengths, batch_sizes, recurrent_mask, zoneout):
+    if is_step(cell, x, parameters, lengths, batch_sizes, recurrent_mask, zoneout):
         h0, c0 = _reset_state(h0, resets), _reset_state(c0, resets)
         launch_step(cell, x, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, h_n, c_n, saved)
         y.copy_(h_n[None])
@@ -324,7 +330,7 @@ def forward(
         _address(saved) if save and sizes[0] else 0,
         _address(c_all) if c_all.numel() else 0,
         _time_strides(c_all) if c_all.numel() else (0, 0),
-        [*map(_address, norms)],
+        [*map(_address, parameters[:7])],
         saved.data_ptr() + 4 * sizes[0] if save and sizes[1] else 0,
         threads,
     )
@@ -342,8 +348,7 @@ def backward(
     weight_hh: Tensor,
     h0: Tensor | None,
     c0: Tensor | None,
-    norms: Sequence[Tensor | None],
-    weight_hr: Tensor | None,
+    parameters: Sequence[Tensor | None],
     lengths: Tensor | None,
     batch_sizes: Tensor | None,
     resets: Tensor | None,
@@ -362,22 +367,8 @@ def backward(
     """
     if not _has_kernels(x.dtype):
         inputs = _widened((dy, dh_n, dc_n, dc_all, x, weight_ih, weight_hh, h0, c0))
-        weight_hr = None if weight_hr is None else weight_hr.float()
         ends = _widened((lengths, batch_sizes, resets, recurrent_mask))
-        arguments = [
-            cell,
-            *inputs,
-            norms,
-            weight_hr,
-            *ends,
-            zoneout,
-            zoneout_seed,
-            reverse,
-            y.float(),
-            saved,
-            c_all,
-            needs,
-        ]
+        arguments = [cell, *inputs, parameters, *ends, zoneout, zoneout_seed, reverse, y.float(), saved, c_all, needs]
         return _narrowed(backward(*arguments), x.dtype, weight_hh.dtype)
     library: Any = native.load()
     gates = _GATES[cell]
@@ -385,7 +376,8 @@ def backward(
     lstm = cell == "lstm"
     x = _with_unit_stride(x)
     batch = _batch(x, batch_sizes)
-    norms = [_state(parameter) for parameter in norms]
+    weight_hr = parameters[7]
+    parameters = [_state(parameter) for parameter in parameters]
     gradients = _new_gradients(x, weight_hh, hidden, batch, needs, torch.float32, torch.float32)
     if batch == 0:
         zeros = tuple(x.new_empty(0) if gradient is None else gradient.zero_() for gradient in gradients)
@@ -396,7 +388,7 @@ def backward(
     dx, dh0, dc0 = gradients[0], gradients[5], gradients[6]
     threads = torch.get_num_threads()
 
-    if is_step(cell, x, norms, weight_hr, lengths, batch_sizes, recurrent_mask, zoneout):
+    if is_step(cell, x, parameters, lengths, batch_sizes, recurrent_mask, zoneout):
         dh, dc = _of_one_step(dy, dh_n), _of_one_step(dc_all, dc_n)
         h0, c0 = _reset_state(h0, resets), _reset_state(c0, resets)
         weights = (None if weight_ih is None else weight_ih.contiguous(), weight_hh.contiguous())
@@ -423,7 +415,7 @@ def backward(
         project = weight_ih is not None and dx is not None
         reuse = x.shape[0] == 1
         expected = zoneout > 0 and zoneout_seed is None
-        sizes = library.saved_sizes(CELL_INDEX[cell], math.prod(x.shape[:-1]), hidden, expected, not _are_none(norms))
+        sizes = library.saved_sizes(CELL_INDEX[cell], math.prod(x.shape[:-1]), hidden, expected, _has_norms(parameters))
         options = (lengths, batch_sizes, resets, recurrent_mask, zoneout, zoneout_seed, reverse)
         library.backward(
             _layout(cell, x, hidden, outputs, *options),
@@ -447,10 +439,10 @@ def backward(
             _time_strides(c_all) if lstm else (0, 0),
             _address(dx),
             (0, 0) if dx is None else _time_strides(dx),
-            *map(_address, (*gradients[1:3], gradients[13], *gradients[3:7])),
-            [*map(_address, norms)],
+            *map(_address, (*gradients[1:3], gradients[14], *gradients[3:7])),
+            [*map(_address, parameters[:7])],
             saved.data_ptr() + 4 * sizes[0] if sizes[1] else 0,
-            [*map(_address, gradients[7:13])],
+            [*map(_address, gradients[7:14])],
             threads,
         )
     found = tuple(x.new_empty(0) if gradient is None else gradient for gradient in gradients)
@@ -477,16 +469,9 @@ def _new_gradients(
     """Empty gradients of RecurrenceCall.inputs; None where `needs` is False."""
     rows, outputs = weight_hh.shape
     inputs = x.shape[-1]
-    shapes: list[tuple[int, ...]] = [
-        (rows, inputs),
-        (rows, outputs),
-        (rows,),
-        (rows,),
-        (batch, outputs),
-        (batch, hidden),
-    ]
-    shapes += [(rows,)] * 4 + [(hidden,)] * 2 + [(outputs, hidden)]
-    dtypes = [weight] * 4 + [state] * 2 + [weight] * 7
+    shapes: list[tuple[int, ...]] = [(rows, inputs), (rows, outputs), (rows,), (rows,)]
+    shapes += [(batch, outputs), (batch, hidden)] + [(rows,)] * 4 + [(hidden,)] * 2 + [(3 * hidden,), (outputs, hidden)]
+    dtypes = [weight] * 4 + [state] * 2 + [weight] * 8
     rest = [
         x.new_empty(shape, dtype=dtype) if need else None
         for shape, dtype, need in zip(shapes, dtypes, needs[1:], strict=True)
@@ -503,8 +488,7 @@ def fake_forward(
     bias_hh: Tensor | None,
     h0: Tensor | None,
     c0: Tensor | None,
-    norms: Sequence[Tensor | None],
-    weight_hr: Tensor | None,
+    parameters: Sequence[Tensor | None],
     lengths: Tensor | None,
     batch_sizes: Tensor | None,
     resets: Tensor | None,
@@ -526,8 +510,8 @@ def fake_forward(
         batch = torch.library.get_ctx().new_dynamic_size() if h0 is None else h0.shape[0]
         rows = x.shape[0]
     expected = zoneout > 0 and zoneout_seed is None
-    sizes = native.load().saved_sizes(CELL_INDEX[cell], 1, hidden, expected, not _are_none(norms))  # type: ignore[union-attr]
-    if lstm and (cell_states or (save and weight_hr is None)):
+    sizes = native.load().saved_sizes(CELL_INDEX[cell], 1, hidden, expected, _has_norms(parameters))  # type: ignore[union-attr]
+    if lstm and (cell_states or (save and parameters[7] is None)):
         c_all = new_like_rows(x, hidden, torch.float32)
     else:
         c_all = x.new_empty((*x.shape[:-1], hidden) if lstm and save else 0, dtype=torch.float32)
@@ -551,8 +535,7 @@ def fake_backward(
     weight_hh: Tensor,
     h0: Tensor | None,
     c0: Tensor | None,
-    norms: Sequence[Tensor | None],
-    weight_hr: Tensor | None,
+    parameters: Sequence[Tensor | None],
     lengths: Tensor | None,
     batch_sizes: Tensor | None,
     resets: Tensor | None,

@@ -39,6 +39,7 @@ def run(call: RecurrenceCall) -> Result:
         recurrent_mask=call.recurrent_mask,
         layer_norm_hh=call.layer_norm_hh,
         layer_norm_c=call.layer_norm_c,
+        peephole=call.peephole,
         reset_after=call.reset_after,
         weight_hr=call.weight_hr,
         reverse=call.reverse,

@@ -19,7 +19,7 @@ class OneStep(WithOptions, torch.nn.RNNCellBase):
     ) -> None:
         self._set_options(backend=backend, layer_norm=layer_norm, zoneout=zoneout)
         super().__init__(*args, **kwargs)
-        self._add_layer_norms([""])
+        self._add_parameters([""])
 
     def forward(self, input: Any, hx: Any = None) -> Any:
         """As torch.nn's forward."""
@@ -50,6 +50,7 @@ class OneStep(WithOptions, torch.nn.RNNCellBase):
             c0,
             zoneout=self.zoneout,
             zoneout_seed=self._zoneout_seed(),
+            peephole=self._peephole(""),
             reset_after=self.reset_after,
         )
         if self.layer_norm:
@@ -86,12 +87,13 @@ class LSTMCell(OneStep, torch.nn.LSTMCell):
 
     Args:
         forget_bias: as in :class:`fastrnn.nn.LSTM`.
+        peephole: as in :class:`fastrnn.nn.LSTM`; the parameter is weight_peephole.
     """
 
     _cell = "lstm"
 
-    def __init__(self, *args: Any, forget_bias: float | None = None, **kwargs: Any) -> None:
-        self._set_options(forget_bias=forget_bias)
+    def __init__(self, *args: Any, forget_bias: float | None = None, peephole: bool = False, **kwargs: Any) -> None:
+        self._set_options(forget_bias=forget_bias, peephole=peephole)
         super().__init__(*args, **kwargs)
 
 

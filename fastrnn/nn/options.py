@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, cast
 
 import torch
@@ -11,7 +12,7 @@ from fastrnn import backends
 from fastrnn.backends import Norm
 
 _PROBABILITIES = ("zoneout", "recurrent_dropout", "weight_dropout")
-_FLAGS = ("layer_norm", "residual", "reset_after", "return_cell_states")
+_FLAGS = ("layer_norm", "peephole", "residual", "reset_after", "return_cell_states")
 
 
 def draw_seed() -> int | Tensor:
@@ -36,6 +37,7 @@ class WithOptions(torch.nn.Module):
 
     backend: str = "auto"
     layer_norm: bool = False
+    peephole: bool = False
     residual: bool = False
     zoneout: float = 0.0
     recurrent_dropout: float = 0.0
@@ -60,10 +62,18 @@ class WithOptions(torch.nn.Module):
                 raise TypeError(f"forget_bias must be a number or None, got {type(value).__name__}")
             setattr(self, name, value)
 
-    def _add_layer_norms(self, suffixes: list[str]) -> None:
+    def _add_parameters(self, suffixes: list[str]) -> None:
         """To be called after torch's constructor, whose parameters come first. The suffix of a cell is empty."""
         if self.forget_bias is not None and not self.bias:
             raise ValueError("forget_bias needs bias=True, got bias=False")
+        if self.peephole:
+            # Before the layer norms: reset_parameters draws everything in order, and should give what is given here.
+            for suffix in suffixes:
+                weight_hh = getattr(self, f"weight_hh{suffix}").detach()
+                hidden = len(weight_hh) // 4
+                bound = 1 / math.sqrt(max(1, hidden))
+                weight = torch.nn.init.uniform_(weight_hh.new_empty(3 * hidden), -bound, bound)
+                setattr(self, f"weight_peephole{suffix}", torch.nn.Parameter(weight))
         if self.layer_norm:
             for suffix in suffixes:
                 weight_hh = getattr(self, f"weight_hh{suffix}").detach()
@@ -80,6 +90,9 @@ class WithOptions(torch.nn.Module):
         names = self._norm_names(suffix) if self.layer_norm else []
         norms = [(getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias")) for name in names]
         return [*norms, None, None, None][:3]
+
+    def _peephole(self, suffix: str) -> Tensor | None:
+        return getattr(self, f"weight_peephole{suffix}") if self.peephole else None
 
     def _zoneout_seed(self) -> int | Tensor | None:
         return draw_seed() if self.training and self.zoneout > 0 else None

@@ -37,7 +37,7 @@ class Layers(WithOptions, torch.nn.RNNBase):
             weight_dropout=weight_dropout,
         )
         super().__init__(*args, **kwargs)
-        self._add_layer_norms([names[0].removeprefix("weight_ih") for names in self._all_weights])
+        self._add_parameters([names[0].removeprefix("weight_ih") for names in self._all_weights])
 
     @property
     def _cell(self) -> str:  # type: ignore[override]
@@ -154,7 +154,8 @@ class Layers(WithOptions, torch.nn.RNNBase):
         if self.training and self.recurrent_dropout:
             batch = x.shape[1] if batch_sizes is None else int(batch_sizes[0])
             recurrent_mask = dropout(x.new_ones(batch, weight_hh.shape[1]), self.recurrent_dropout, draw_seed())
-        norm_ih, norm_hh, norm_c = self._norms(self._all_weights[index][0].removeprefix("weight_ih"))
+        suffix = self._all_weights[index][0].removeprefix("weight_ih")
+        norm_ih, norm_hh, norm_c = self._norms(suffix)
         return RecurrenceCall(
             self._cell,
             x,
@@ -174,6 +175,7 @@ class Layers(WithOptions, torch.nn.RNNBase):
             norm_ih,
             norm_hh,
             norm_c,
+            self._peephole(suffix),
             self.reset_after,
             self.bidirectional and index % 2 == 1,
             self.return_cell_states,
@@ -220,12 +222,19 @@ class LSTM(Layers, torch.nn.LSTM):
             it as torch.nn does.
         return_cell_states: forward returns output, (h_n, c_n) and every c_t of the last layer, shaped as the output is,
             with H in place of proj_size.
+        peephole: the gates see the cell state through diagonal weights, i and f that of the step before, o the new one
+            (Gers et al. 2002, JMLR 3). A parameter more per layer and direction, weight_peephole_l0 [3*H], gates i f o.
     """
 
     def __init__(
-        self, *args: Any, forget_bias: float | None = None, return_cell_states: bool = False, **kwargs: Any
+        self,
+        *args: Any,
+        forget_bias: float | None = None,
+        return_cell_states: bool = False,
+        peephole: bool = False,
+        **kwargs: Any,
     ) -> None:
-        self._set_options(forget_bias=forget_bias, return_cell_states=return_cell_states)
+        self._set_options(forget_bias=forget_bias, return_cell_states=return_cell_states, peephole=peephole)
         super().__init__(*args, **kwargs)
 
 

@@ -30,6 +30,7 @@ def recurrence(
     recurrent_mask: Tensor | None = None,
     layer_norm_hh: Norm | None = None,
     layer_norm_c: Norm | None = None,
+    peephole: Tensor | None = None,
     reset_after: bool = True,
     weight_hr: Tensor | None = None,
     reverse: bool = False,
@@ -51,6 +52,8 @@ def recurrence(
         recurrent_mask: [B, P], multiplies h_{t-1} where it meets weight_hh (Gal and Ghahramani, arXiv 1512.05287).
         layer_norm_hh: weight and bias [G*H] of the layer norm of W_hh h (Ba et al. 2016, arXiv 1607.06450).
         layer_norm_c: weight and bias [H] of the layer norm of c_t before its tanh (LSTM).
+        peephole: [3*H], for the LSTM: p_i * c_{t-1}, p_f * c_{t-1} and p_o * c_t are added to the pre-activations of
+            the gates i, f and o, c_t as it is before zoneout and layer norm (Gers et al. 2002, JMLR 3).
         reset_after: for the GRU. True: n = tanh(x_n + r * (W_hn h + b_hn)), as torch; False:
             n = tanh(x_n + W_hn (r * h) + b_hn) (Cho et al. 2014, arXiv 1406.1078).
         weight_hr: [P, H], projects h (LSTM only; Sak et al. 2014, arXiv 1402.1128).
@@ -81,6 +84,7 @@ def recurrence(
         recurrent_mask=recurrent_mask,
         layer_norm_hh=layer_norm_hh,
         layer_norm_c=layer_norm_c,
+        peephole=peephole,
         reset_after=reset_after,
         reverse=reverse,
     )
@@ -107,6 +111,7 @@ def recurrent_layer(
     layer_norm_ih: Norm | None = None,
     layer_norm_hh: Norm | None = None,
     layer_norm_c: Norm | None = None,
+    peephole: Tensor | None = None,
     reset_after: bool = True,
     reverse: bool = False,
     backend: str = "auto",
@@ -141,6 +146,7 @@ def recurrent_layer(
         layer_norm_ih,
         layer_norm_hh,
         layer_norm_c,
+        peephole,
         reset_after,
         reverse,
     )
@@ -188,6 +194,7 @@ def check(call: RecurrenceCall) -> RecurrenceCall:
         "c0": (batch, hidden),
         "weight_hr": (projected, hidden),
         "recurrent_mask": (batch, projected),
+        "peephole": (3 * hidden,),
     }
     device, dtype = x.device, x.dtype
     for argument, tensor in tensors.items():
@@ -231,6 +238,8 @@ def _check_options(call: RecurrenceCall, batch: int) -> None:
         raise ValueError(f"reset_after=False is for the cell 'gru', got cell {call.cell!r}")
     if call.layer_norm_c is not None and call.cell != "lstm":
         raise ValueError(f"layer_norm_c is for the cell 'lstm', got cell {call.cell!r}")
+    if call.peephole is not None and call.cell != "lstm":
+        raise ValueError(f"peephole is for the cell 'lstm', got cell {call.cell!r}")
     lengths, resets = call.lengths, call.resets
     for name, given in (("lengths", lengths), ("resets", resets)):
         if not (given is None or isinstance(given, Tensor)):
@@ -338,9 +347,7 @@ def run_on(call: RecurrenceCall, picked: str) -> tuple[Tensor, Tensor, Tensor | 
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs):
         y, h_n, c_n, c_all = _Recurrence.apply(cell, call.return_cell_states, *inputs, *options)
     else:
-        y, h_n, c_n, _, c_all = _forward(
-            cell, *inputs[:7], inputs[7:13], inputs[13], *options, False, call.return_cell_states
-        )
+        y, h_n, c_n, _, c_all = _forward(cell, *inputs[:7], inputs[7:], *options, False, call.return_cell_states)
     lstm = call.cell == "lstm"
     cell_states = c_all.to(y.dtype) if lstm and call.return_cell_states else None
     if call.cell == "gru" and y.dtype != call.x.dtype:
@@ -371,14 +378,14 @@ def _backward(*args: Any) -> tuple[Tensor, ...]:
     return torch.ops.fastrnn.recurrence_backward(*args) if _use_registered_op() else cpu.backward(*args)
 
 
-_INPUT_COUNT = 14  # of RecurrenceCall.inputs
+_INPUT_COUNT = 15  # of RecurrenceCall.inputs
 
 
 class _Recurrence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, cell: str, cell_states: bool, *arguments: Any) -> tuple[Tensor | None, ...]:
         inputs, options = arguments[:_INPUT_COUNT], arguments[_INPUT_COUNT:]
-        y, h_n, c_n, saved, c_all = _forward(cell, *inputs[:7], inputs[7:13], inputs[13], *options, True, cell_states)
+        y, h_n, c_n, saved, c_all = _forward(cell, *inputs[:7], inputs[7:], *options, True, cell_states)
         ctx.cell, ctx.scalars = cell, options[4:]
         # A copy of y, so that the caller may work on y in place as with torch.nn (0.2 % of a training step).
         kept = y.clone() if _use_registered_op() else cpu.workspace(y, y.shape, y.stride(), y.dtype).copy_(y)
@@ -398,9 +405,9 @@ class _Recurrence(torch.autograd.Function):
             found = _differentiable_gradients(ctx.cell, tensors, ctx.scalars, gradients, needs)
         else:
             x, weight_ih, weight_hh, _, _, h0, c0 = tensors[:7]
-            norms, weight_hr, options = tensors[7:13], tensors[13], tensors[_INPUT_COUNT:]
+            parameters, options = tensors[7:_INPUT_COUNT], tensors[_INPUT_COUNT:]
             kept = (y, saved, c_all, list(needs))
-            inputs = (x, weight_ih, weight_hh, h0, c0, norms, weight_hr)
+            inputs = (x, weight_ih, weight_hh, h0, c0, parameters)
             all_found = _backward(ctx.cell, *gradients, *inputs, *options, *ctx.scalars, *kept)
             found = [gradient if need else None for gradient, need in zip(all_found, needs, strict=True)]
         return None, None, *found, *[None] * 7
@@ -425,7 +432,8 @@ def _differentiable_gradients(
             layer_norm_ih=_norm(same[7:9]),
             layer_norm_hh=_norm(same[9:11]),
             layer_norm_c=_norm(same[11:13]),
-            weight_hr=same[13],
+            peephole=same[13],
+            weight_hr=same[14],
             reset_after=not cell.endswith("_reset_before"),
             lengths=lengths,
             batch_sizes=batch_sizes,
@@ -452,8 +460,7 @@ def _norm(parameters: tuple[Tensor | None, ...]) -> Norm | None:
 
 
 _INPUTS = (
-    "Tensor x, Tensor? weight_ih, Tensor weight_hh, {}Tensor? h0, Tensor? c0, Tensor?[] norms, "
-    "Tensor? weight_hr, "
+    "Tensor x, Tensor? weight_ih, Tensor weight_hh, {}Tensor? h0, Tensor? c0, Tensor?[] parameters, "
     "Tensor? lengths, Tensor? batch_sizes, Tensor? resets, Tensor? recurrent_mask, "
     "float zoneout, SymInt? zoneout_seed, bool reverse, "
 )

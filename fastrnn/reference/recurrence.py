@@ -84,6 +84,7 @@ def _step(
     bias_hh: Tensor | None,
     norm_hh: tuple[Tensor, Tensor] | None,
     norm_c: tuple[Tensor, Tensor] | None,
+    peephole: Tensor | None,
     reset_after: bool,
 ) -> tuple[Tensor, Tensor | None]:
     groups = CELLS[cell].norm_groups
@@ -122,7 +123,12 @@ def _step(
 
     assert c is not None
     i, f, g, o = (x + product).chunk(4, 1)
+    if peephole is not None:
+        p_i, p_f, p_o = peephole.chunk(3)
+        i, f = i + p_i * c, f + p_f * c
     c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+    if peephole is not None:
+        o = o + p_o * c
     normed = c if norm_c is None else layer_norm(c, (1,), *norm_c)
     return torch.sigmoid(o) * torch.tanh(normed), c
 
@@ -142,6 +148,7 @@ def recurrence(
     recurrent_mask: Tensor | None = None,  # [B, P]
     layer_norm_hh: tuple[Tensor, Tensor] | None = None,  # weight and bias [G*H]
     layer_norm_c: tuple[Tensor, Tensor] | None = None,  # weight and bias [H]
+    peephole: Tensor | None = None,  # [3*H], gates i f o
     reset_after: bool = True,
     weight_hr: Tensor | None = None,  # [P, H]
     reverse: bool = False,
@@ -155,6 +162,8 @@ def recurrence(
     * ``zoneout``: each unit keeps its previous h (and c) with this probability (Krueger et al. 2016,
       arXiv 1606.01305); with ``zoneout_seed=None`` the expectation is taken instead, as in evaluation.
     * ``recurrent_mask``: multiplies h_{t-1} where it meets weight_hh (Gal and Ghahramani 2016, arXiv 1512.05287).
+    * ``peephole``: diagonal weights with which the LSTM's gates see the cell state, i and f that of the step before, o
+      the new one (Gers et al. 2002, JMLR 3).
     * ``reverse``: from the last step to the first.
     """
     steps, batch, _ = gates_x.shape
@@ -176,7 +185,7 @@ def recurrence(
 
         masked = h if recurrent_mask is None else h * recurrent_mask
         h_new, c_new = _step(
-            cell, gates_x[t], masked, h, c, weight_hh, bias_hh, layer_norm_hh, layer_norm_c, reset_after
+            cell, gates_x[t], masked, h, c, weight_hh, bias_hh, layer_norm_hh, layer_norm_c, peephole, reset_after
         )
         if weight_hr is not None:
             h_new = h_new @ weight_hr.T

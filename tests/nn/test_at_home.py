@@ -394,6 +394,8 @@ def uses(cls: type[nn.Module]) -> list[Any]:
     options: dict[str, Any] = {"zoneout": 0.2}
     if issubclass(cls, (nn.GRU, nn.GRUCell)):
         options["reset_after"] = False
+    if issubclass(cls, (nn.LSTM, nn.LSTMCell)):
+        options["peephole"] = True
     names = ("hx",) if is_cell(cls) else ("hx", "lengths")
     return [
         pytest.param(cls, {}, ("hx",), id=cls.__name__),

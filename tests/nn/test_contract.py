@@ -146,6 +146,7 @@ def test_gradients_per_sample_and_forward_mode(kind: str) -> None:
 OPTIONS: list[tuple[dict[str, Any], bool]] = [
     ({}, True),
     ({"layer_norm": True}, True),
+    ({"peephole": True}, True),
     ({"zoneout": 0.4}, True),
     ({"zoneout": 0.4}, False),
     ({"reset_after": False}, True),
@@ -158,7 +159,9 @@ def with_options(kinds: list[str]) -> list[Any]:
         pytest.param(kind, options, training, id="-".join([kind, *options, "train" if training else "eval"]))
         for kind in kinds
         for options, training in OPTIONS
-        if not (("reset_after" in options and "GRU" not in kind) or ("weight_dropout" in options and "Cell" in kind))
+        if not ("reset_after" in options and "GRU" not in kind)
+        and not ("peephole" in options and "LSTM" not in kind)
+        and not ("weight_dropout" in options and "Cell" in kind)
     ]
 
 

@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fastrnn
 from fastrnn.backends import native
-from fastrnn.ops import dropout
+from fastrnn.ops import dropout, recurrent_layer
 
 LAYERS = ["RNN", "LSTM", "GRU"]
 
@@ -79,9 +79,67 @@ def test_layer_norm_starts_at_the_identity_and_is_reset() -> None:
             module.reset_parameters()
 
 
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_peephole_parameters(layer_norm: bool) -> None:
+    torch.manual_seed(3)
+    layer = fastrnn.nn.LSTM(3, 400, num_layers=2, bidirectional=True, peephole=True, layer_norm=layer_norm)
+    torchs = [name for name, _ in nn.LSTM(3, 400, num_layers=2, bidirectional=True).named_parameters()]
+    own = [f"weight_peephole_l{k}{suffix}" for k in range(2) for suffix in ("", "_reverse")]
+    assert list(layer.state_dict())[: len(torchs) + 4] == torchs + own
+    drawn = {name: value.detach().clone() for name, value in layer.named_parameters()}
+    for name in own:
+        assert drawn[name].shape == (1200,)
+        assert drawn[name].abs().max().item() == pytest.approx(1 / 20, rel=0.01)
+        assert drawn[name].std().item() == pytest.approx(1 / 20 / 3**0.5, rel=0.1)
+    # What the constructor has drawn is drawn again.
+    with torch.no_grad():
+        for value in layer.parameters():
+            value.fill_(7)
+    torch.manual_seed(3)
+    layer.reset_parameters()
+    for name, value in layer.named_parameters():
+        assert torch.equal(value, drawn[name]), name
+    assert list(fastrnn.nn.LSTMCell(3, 4, peephole=True).state_dict())[-1] == "weight_peephole"
+
+
+def test_each_layer_and_direction_has_its_peepholes() -> None:
+    layer = fastrnn.nn.LSTM(3, 4, num_layers=2, bidirectional=True, peephole=True)
+    x = torch.randn(5, 2, 3)
+    expected = x
+    for suffixes in (("_l0", "_l0_reverse"), ("_l1", "_l1_reverse")):
+        halves = []
+        for suffix in suffixes:
+            weights = [getattr(layer, f"{name}{suffix}") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
+            peephole = getattr(layer, f"weight_peephole{suffix}")
+            reverse = suffix.endswith("reverse")
+            halves.append(recurrent_layer("lstm", expected, *weights, peephole=peephole, reverse=reverse)[0])
+        expected = torch.cat(halves, -1)
+    torch.testing.assert_close(layer(x)[0], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_peephole_under_autocast(dtype: torch.dtype) -> None:
+    layer, x, grad = fastrnn.nn.LSTM(20, 30, peephole=True), torch.randn(9, 5, 20), torch.randn(9, 5, 30)
+
+    def run(backend: str) -> tuple[Tensor, tuple[Tensor, ...]]:
+        layer.backend = backend
+        y = layer(x.to(layer.weight_hh_l0.dtype))[0]
+        return y.double(), torch.autograd.grad(y, list(layer.parameters()), grad.to(y.dtype))
+
+    with torch.autocast("cpu", dtype):
+        y, gradients = run("cpu")
+        assert layer(x)[0].dtype == dtype
+    assert all(gradient.dtype == torch.float32 for gradient in gradients)
+    layer.double()
+    exact, exact_gradients = run("reference")
+    # Rounding x, h and the weights makes half of this; leaving the peepholes out, three times as much and more.
+    for found, wanted in zip((y, *gradients), (exact, *exact_gradients), strict=True):
+        assert (found - wanted).norm() < torch.finfo(dtype).eps * wanted.norm()
+
+
 def test_options_leave_the_initial_values_of_torchs_parameters() -> None:
     torch.manual_seed(3)
-    ours = fastrnn.nn.LSTM(3, 4, num_layers=2, layer_norm=True, residual=True, zoneout=0.1)
+    ours = fastrnn.nn.LSTM(3, 4, num_layers=2, layer_norm=True, peephole=True, residual=True, zoneout=0.1)
     torch.manual_seed(3)
     theirs = nn.LSTM(3, 4, num_layers=2)
     for name, value in theirs.named_parameters():
@@ -240,6 +298,8 @@ def test_zoneout_in_evaluation_is_the_mean(kind: str) -> None:
         ("GRU", {"layer_norm": True}),
         ("GRU", {"reset_after": False}),
         ("LSTM", {"layer_norm": True}),
+        ("LSTM", {"peephole": True}),
+        ("LSTM", {"peephole": True, "layer_norm": True}),
         ("LSTM", {"zoneout": 0.2}),
         ("LSTM", {}),
     ],
@@ -329,6 +389,7 @@ def test_repr_shows_what_differs_from_torch() -> None:
     assert repr(fastrnn.nn.LSTM(3, 4, 2, zoneout=0.1, forget_bias=1.0)) == (
         "LSTM(3, 4, num_layers=2, zoneout=0.1, forget_bias=1.0)"
     )
+    assert repr(fastrnn.nn.LSTMCell(3, 4, peephole=True)) == "LSTMCell(3, 4, peephole=True)"
     assert repr(fastrnn.nn.GRUCell(3, 4, reset_after=False)) == "GRUCell(3, 4, reset_after=False)"
     assert repr(fastrnn.nn.RNN(3, 4, backend="reference")) == "RNN(3, 4, backend='reference')"
 
@@ -344,6 +405,9 @@ def test_repr_shows_what_differs_from_torch() -> None:
         ("LSTM", {"forget_bias": 1.0, "bias": False}, ValueError, "forget_bias needs bias=True"),
         ("LSTM", {"forget_bias": "1"}, TypeError, "forget_bias must be a number or None, got str"),
         ("GRU", {"forget_bias": 1.0}, TypeError, "forget_bias"),
+        ("LSTM", {"peephole": 1}, TypeError, "peephole must be a bool, got int"),
+        ("GRU", {"peephole": True}, TypeError, "peephole"),
+        ("RNNCell", {"peephole": True}, TypeError, "peephole"),
         ("LSTM", {"reset_after": False}, TypeError, "reset_after"),
         ("LSTMCell", {"residual": True}, TypeError, "residual"),
         ("GRU", {"backend": "cudnn"}, ValueError, "backend must be one of 'cpu', 'aten', 'reference', 'auto'"),

@@ -29,6 +29,7 @@ OPTIONS = {
     "recurrent_mask": tuple(CELLS),
     "layer_norm": tuple(CELLS),
     "layer_norm_c": ("lstm",),
+    "peephole": ("lstm",),
     "reset_after=False": ("gru",),
     "return_cell_states": ("lstm",),
     "proj_size": ("lstm",),  # weight_hr
@@ -149,6 +150,8 @@ class Case:
                 call.layer_norm_ih = norm(rows) if self.project else None
             elif option == "layer_norm_c":
                 call.layer_norm_c = norm(self.hidden)
+            elif option == "peephole":
+                call.peephole = uniform(3 * self.hidden)
             elif option == "reset_after=False":
                 call.reset_after = False
             elif option == "return_cell_states":

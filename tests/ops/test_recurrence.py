@@ -164,7 +164,7 @@ def cases(draw: st.DrawFn) -> Case:
     names = ["x", "weight_ih", "weight_hh", "bias_ih", "bias_hh", "h0", "c0"]
     steps = draw(small | st.sampled_from([1, 12]))
     options = tuple(option for option in available if draw(st.booleans()))
-    hidden, layouts = draw(small | odd), list(LAYOUTS)
+    batch, inputs, hidden, layouts = draw(small | odd), draw(small | odd), draw(small | odd), list(LAYOUTS)
     if {"layer_norm", "layer_norm_c"} & set(options):
         # Equal numbers have no deviation, and the norm of few is little but their signs: mere rounding error. In
         # float16 the yardstick, which squares small numbers, is NaN at times.
@@ -174,8 +174,8 @@ def cases(draw: st.DrawFn) -> Case:
     return Case(
         cell,
         steps,
-        draw(small | odd),
-        draw(small | odd),
+        batch,
+        inputs,
         hidden,
         options,
         biases=draw(st.sampled_from([("bias_ih", "bias_hh"), ("bias_ih",), ("bias_hh",), ()])),
@@ -467,7 +467,7 @@ def test_recurrent_layer_passes_every_argument(cell: str) -> None:
 def test_recurrence_passes_every_argument(cell: str) -> None:
     call, _ = Case(cell, 5, 4, 6, 7, _options_of_the_functions(cell), reverse=True, project=False).draw()
     passed = ("bias_hh", "h0", "c0", "lengths", "resets", "zoneout", "zoneout_seed", "recurrent_mask", "layer_norm_hh")
-    passed += ("layer_norm_c", "reset_after", "weight_hr", "reverse")
+    passed += ("layer_norm_c", "peephole", "reset_after", "weight_hr", "reverse")
     arguments = {name: getattr(call, name) for name in passed}
     y, h_n, c_n = recurrence(cell, call.x, call.weight_hh, **arguments, backend="reference")
     expected = forward(call, "reference")

@@ -51,6 +51,7 @@ WRONG_SHAPES = [
     ({"layer_norm_ih": (ONE(24), ONE(23))}, r"layer_norm_ih\[1\] must have shape \(24,\), got \(23,\)"),
     ({"layer_norm_hh": (ONE(H), ONE(24))}, r"layer_norm_hh\[0\] must have shape \(24,\), got \(6,\)"),
     ({"layer_norm_c": (ONE(24), ONE(24))}, r"layer_norm_c\[0\] must have shape \(6,\), got \(24,\)"),
+    ({"peephole": ONE(24)}, r"peephole must have shape \(18,\), got \(24,\)"),
     ({"resets": ONE(B, T, dtype=torch.bool)}, r"resets must be bool of shape \(4, 3\), got torch.bool \(3, 4\)"),
     ({"lengths": ONE(B + 1).long()}, r"lengths must be int64 or int32 of shape \(3,\), got torch.int64 \(4,\)"),
 ]
@@ -93,6 +94,8 @@ def test_what_only_the_lstm_has(cell: str) -> None:
         recurrent_layer(**arguments(cell, weight_hr=ONE(P, H)))
     with pytest.raises(ValueError, match=f"layer_norm_c is for the cell 'lstm', got cell '{cell}'"):
         recurrent_layer(**arguments(cell, layer_norm_c=(ONE(H), ONE(H))))
+    with pytest.raises(ValueError, match=f"peephole is for the cell 'lstm', got cell '{cell}'"):
+        recurrent_layer(**arguments(cell, peephole=ONE(3 * H)))
 
 
 def test_wrong_type() -> None:
@@ -175,6 +178,7 @@ class TestReasons:
         call.zoneout, call.recurrent_mask = 0.1, ONE(B, H)
         call.layer_norm_hh = call.layer_norm_ih = (ONE(24), ONE(24))
         call.layer_norm_c, call.return_cell_states = (ONE(H), ONE(H)), True
+        call.peephole = ONE(3 * H)
         missing = [option for option in call.options() if option not in cpu.KERNEL_OPTIONS]
         assert cpu.reasons_against(call) == [f"no kernel for {option} yet" for option in missing]
 

@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -224,6 +225,39 @@ def test_layer_norm_of_the_input() -> None:
     torch.testing.assert_close(backend.run(call)[0], expected)
 
 
+# Peepholes
+
+
+def sigmoid_of(a: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-a))
+
+
+@pytest.mark.parametrize("options", ["alone", "layer_norm_and_zoneout"])
+def test_peephole_by_hand(options: str) -> None:
+    """Gers et al. 2002, equations 4 to 10: o sees the new cell, before zoneout and layer norm change it."""
+    _, w, _, b = weights("lstm")
+    gates_x, h0, c0, peephole, norm_c = randn(T, B, 4 * H), randn(B, H), randn(B, H), randn(3 * H), (randn(H), randn(H))
+    given: dict[str, Any] = {} if options == "alone" else {"zoneout": 0.4, "layer_norm_c": norm_c}
+    y, _, c_n, _ = recurrence("lstm", gates_x, w, b, h0, c0, peephole=peephole, **given)
+
+    x, h, c, p = gates_x.numpy(), h0.numpy(), c0.numpy(), peephole.numpy()
+    for t in range(T):
+        a = x[t] + h @ w.numpy().T + b.numpy()
+        i = sigmoid_of(a[:, :H] + p[:H] * c)
+        f = sigmoid_of(a[:, H : 2 * H] + p[H : 2 * H] * c)
+        new = f * c + i * np.tanh(a[:, 2 * H : 3 * H])
+        o = sigmoid_of(a[:, 3 * H :] + p[2 * H :] * new)
+        seen = new
+        if given:
+            deviation = np.sqrt(new.var(1, keepdims=True) + 1e-5)
+            seen = (new - new.mean(1, keepdims=True)) / deviation * norm_c[0].numpy() + norm_c[1].numpy()
+        out = o * np.tanh(seen)
+        kept = given.get("zoneout", 0.0)
+        h, c = kept * h + (1 - kept) * out, kept * c + (1 - kept) * new
+        np.testing.assert_allclose(y[t].numpy(), h, rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose(c_n.numpy(), c, rtol=1e-12, atol=1e-14)
+
+
 # Zoneout
 
 
@@ -401,6 +435,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "zoneout_expected": {"zoneout": 0.4},
     "recurrent_mask": {"recurrent_mask": (3, 2)},
     "layer_norm": {"layer_norm_hh": ("rows",), "layer_norm_c": (2,)},
+    "peephole": {"peephole": (6,)},
     "reset_before": {"reset_after": False},
     "projection": {"weight_hr": (1, 2)},
 }
@@ -408,7 +443,8 @@ COMBINATIONS = [
     (cell, option)
     for cell in CELLS
     for option in [*OPTIONS, "all"]
-    if not (option == "reset_before" and cell != "gru") and not (option == "projection" and cell != "lstm")
+    if not (option == "reset_before" and cell != "gru")
+    and not (option in ("projection", "peephole") and cell != "lstm")
 ]
 
 
@@ -420,6 +456,7 @@ def test_first_and_second_derivatives(cell: str, option: str) -> None:
         chosen.pop("reset_after")
     if cell != "lstm":
         chosen.pop("layer_norm_c", None)
+        chosen.pop("peephole", None)
         chosen.pop("weight_hr", None)
     projected = 1 if "weight_hr" in chosen else hidden
     if "recurrent_mask" in chosen:
@@ -436,7 +473,7 @@ def test_first_and_second_derivatives(cell: str, option: str) -> None:
             size = rows if shape == ("rows",) else hidden
             places[name] = (len(inputs), len(inputs) + 1)
             inputs += [randn(size), randn(size)]
-        elif name in ("recurrent_mask", "weight_hr"):
+        elif name in ("recurrent_mask", "peephole", "weight_hr"):
             places[name] = len(inputs)
             inputs.append(randn(*shape))
 
