@@ -365,15 +365,15 @@ class Forward {
     void measure(const RowParts& parts, int64_t first_row, const float* block, int64_t rows, int64_t width,
                  int origin) const {
       for (int64_t p = p0; p < p1; ++p)
-        for (int64_t i = 0; i < rows; ++i)
-          for (int vector = 0; vector < P::kVectors; ++vector) {
-            const int64_t unit = p * P::kUnits + vector * kLanes;
-            if (unit >= problem.hidden_size) break;
-            const float* from = block + ((p - p0) * rows + i) * width + vector * kLanes;
-            Vec values[kCount];
-            for (int gate = 0; gate < kCount; ++gate) values[gate] = load(from + (kFirst + gate - origin) * P::kUnits);
-            parts.measure(first_row + i, group_of(kFirst), unit, values);
-          }
+        for (int vector = 0; vector < P::kVectors; ++vector) {
+          const int64_t unit = p * P::kUnits + vector * kLanes;
+          if (unit >= problem.hidden_size) break;
+          const float* from = block + (p - p0) * rows * width + (kFirst - origin) * P::kUnits + vector * kLanes;
+          parts.measure<kCount>(first_row, rows, group_of(kFirst), unit,
+                                [&](int64_t i, int gate) __attribute__((always_inline)) {
+            return load(from + i * width + gate * P::kUnits);
+          });
+        }
     }
 
     static constexpr int group_of(int gate) { return is_gru(cell) && gate == 2; }
@@ -510,10 +510,7 @@ class Forward {
     void normalize_cell_state(int64_t from, int64_t rows, Number number) const {
       auto c = [&](int64_t p, int64_t i) { return products + ((p - p0) * rows + i) * P::kWidth + kLanes; };
       for (int64_t p = p0; p < p1; ++p)
-        for (int64_t i = 0; i < rows; ++i) {
-          const Vec values[1] = {load(c(p, i))};
-          f.parts_c_.measure(from + i, 0, p * kLanes, values);
-        }
+        f.parts_c_.measure<1>(from, rows, 0, p * kLanes, [&](int64_t i, int) { return load(c(p, i)); });
       wait();
       for (int64_t i = 0; i < rows; ++i) {
         const RowParts::Scale scale = f.parts_c_.scale(from + i, 0, 1);
