@@ -44,8 +44,9 @@ class PackedWeight {
   PackedWeight(int cell, int64_t hidden_size, int64_t columns, bool hidden, bool bf16)
       : cell_(static_cast<Cell>(cell)), hidden_size_(hidden_size), columns_(columns), hidden_(hidden), bf16_(bf16) {}
 
-  // Packs the weight [G*H, columns] at `address`, which holds floats or else elements of the kernels' data type. With `reuse` nothing is done where the panels still match its address
-  // and a checksum of its contents: a version counter would miss writes through .data or shared memory.
+  // Packs the weight [G*H, columns] at `address`, which holds floats or else elements of the kernels' data type. With
+  // `reuse` nothing is done where the panels still match its address and a checksum of its contents: a version counter
+  // would miss writes through .data or shared memory.
   void prepare(uintptr_t address, bool floats, bool backward, bool reuse, int threads) {
     Layout& layout = backward ? backward_ : forward_;
     const Kernels& k = kernels_for(bf16_);
@@ -62,7 +63,8 @@ class PackedWeight {
     const uint64_t checksum = reuse ? sum(k, weight, floats, size, team_size(threads)) : 0;
     if (reuse && layout.source == weight && layout.checksum == checksum) return;
     if (backward) {
-      k.pack_backward(cell_, hidden_size_, columns_, hidden_, weight, floats, layout.panels->data(), team_size(threads));
+      k.pack_backward(cell_, hidden_size_, columns_, hidden_, weight, floats, layout.panels->data(),
+                      team_size(threads));
     } else {
       k.pack_forward(cell_, hidden_size_, columns_, hidden_, weight, floats, layout.panels->data(), team_size(threads));
     }
@@ -94,8 +96,8 @@ class PackedWeight {
 
 using Strides = std::pair<int64_t, int64_t>;
 
-// What the options of a call add to the parameters: weights and biases of the layer norms of W_ih x, W_hh h and c, then the
-// peepholes.
+// What the options of a call add to the parameters: weights and biases of the layer norms of W_ih x, W_hh h and c, then
+// the peepholes.
 using Parameters = std::array<uintptr_t, 7>;
 
 template <class Norm, class T>
@@ -111,9 +113,9 @@ T* peephole_at(const Parameters& parameters) {
 // Where the rows of a call lie and which of them take part in each step.
 class Layout {
  public:
-  Layout(int cell, bool reverse, int64_t steps, int64_t batch, int64_t input_size, int64_t hidden_size, int64_t output_size,
-         uintptr_t lengths, uintptr_t batch_sizes, uintptr_t resets, Strides reset_strides, double zoneout,
-         std::optional<uint64_t> zoneout_seed, uintptr_t recurrent_mask, bool bf16)
+  Layout(int cell, bool reverse, int64_t steps, int64_t batch, int64_t input_size, int64_t hidden_size,
+         int64_t output_size, uintptr_t lengths, uintptr_t batch_sizes, uintptr_t resets, Strides reset_strides,
+         double zoneout, std::optional<uint64_t> zoneout_seed, uintptr_t recurrent_mask, bool bf16)
       : kernels(kernels_for(bf16)), active_(steps, batch), row_base_(steps + 1, 0), packed_(batch_sizes != 0) {
     if (packed_) {
       std::copy_n(pointer<const int64_t>(batch_sizes), steps, active_.begin());
@@ -194,8 +196,8 @@ void forward(const Layout& layout, uintptr_t x, Strides x_strides, const PackedW
   layout.kernels.forward(layout.problem, args, team_size(threads));
 }
 
-void backward(const Layout& layout, uintptr_t dy, Strides dy_strides, uintptr_t dh_n, uintptr_t dc_n,
-              uintptr_t dc_all, Strides dc_all_strides, uintptr_t x, Strides x_strides, const PackedWeight* weight_ih,
+void backward(const Layout& layout, uintptr_t dy, Strides dy_strides, uintptr_t dh_n, uintptr_t dc_n, uintptr_t dc_all,
+              Strides dc_all_strides, uintptr_t x, Strides x_strides, const PackedWeight* weight_ih,
               const PackedWeight& weight_hh, const PackedWeight* weight_hr, uintptr_t h0, uintptr_t c0, uintptr_t y,
               Strides y_strides, uintptr_t saved, uintptr_t c_all, Strides c_strides, uintptr_t dx, Strides dx_strides,
               uintptr_t dweight_ih, uintptr_t dweight_hh, uintptr_t dweight_hr, uintptr_t dbias_ih, uintptr_t dbias_hh,
@@ -255,8 +257,9 @@ Problem step_problem(int cell, int64_t batch, int64_t input_size, int64_t hidden
 void step(int cell, int64_t batch, int64_t input_size, int64_t hidden_size, uintptr_t x, int64_t x_stride,
           uintptr_t weight_ih, uintptr_t weight_hh, uintptr_t bias_ih, uintptr_t bias_hh, uintptr_t h0, uintptr_t c0,
           uintptr_t h, uintptr_t c, uintptr_t saved, int threads) {
-  const StepArgs args{pointer(x),  x_stride,    pointer(weight_ih), pointer(weight_hh), pointer(bias_ih), pointer(bias_hh),
-                      pointer(h0), pointer(c0), pointer(h),         pointer(c),         pointer(saved)};
+  const StepArgs args{pointer(x),       x_stride,         pointer(weight_ih), pointer(weight_hh),
+                      pointer(bias_ih), pointer(bias_hh), pointer(h0),        pointer(c0),
+                      pointer(h),       pointer(c),       pointer(saved)};
   py::gil_scoped_release release;
   kernels().step(step_problem(cell, batch, input_size, hidden_size), args, team_size(threads));
 }
@@ -265,10 +268,11 @@ void step_backward(int cell, int64_t batch, int64_t input_size, int64_t hidden_s
                    uintptr_t x, int64_t x_stride, uintptr_t weight_ih, uintptr_t weight_hh, uintptr_t h0, uintptr_t c0,
                    uintptr_t h, uintptr_t c, uintptr_t saved, uintptr_t dx, uintptr_t dweight_ih, uintptr_t dweight_hh,
                    uintptr_t dbias_ih, uintptr_t dbias_hh, uintptr_t dh0, uintptr_t dc0, int threads) {
-  const StepBackwardArgs args{pointer(dh),         pointer(dc),         pointer(x),  x_stride,    pointer(weight_ih),
-                              pointer(weight_hh),  pointer(h0),         pointer(c0), pointer(h),  pointer(c),
-                              pointer(saved),      pointer(dx),         pointer(dweight_ih),      pointer(dweight_hh),
-                              pointer(dbias_ih),   pointer(dbias_hh),   pointer(dh0),             pointer(dc0)};
+  const StepBackwardArgs args{pointer(dh),         pointer(dc),         pointer(x),        x_stride,
+                              pointer(weight_ih),  pointer(weight_hh),  pointer(h0),       pointer(c0),
+                              pointer(h),          pointer(c),          pointer(saved),    pointer(dx),
+                              pointer(dweight_ih), pointer(dweight_hh), pointer(dbias_ih), pointer(dbias_hh),
+                              pointer(dh0),        pointer(dc0)};
   py::gil_scoped_release release;
   kernels().step_backward(step_problem(cell, batch, input_size, hidden_size), args, team_size(threads));
 }
@@ -285,10 +289,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_isas", &available_isas);
   m.def("use_cpu_isa", &use_isa);
   m.def("has_bf16", [] { return kernels_bf16() != nullptr; });
-  m.def("fma_ceiling", [](int threads, double milliseconds, bool bf16) {
-    py::gil_scoped_release release;
-    return kernels_for(bf16).fma_ceiling(threads, milliseconds * 1e-3) * 1e-9;
-  }, py::arg(), py::arg(), py::arg() = false);
+  m.def(
+      "fma_ceiling",
+      [](int threads, double milliseconds, bool bf16) {
+        py::gil_scoped_release release;
+        return kernels_for(bf16).fma_ceiling(threads, milliseconds * 1e-3) * 1e-9;
+      },
+      py::arg(), py::arg(), py::arg() = false);
   m.def("stream_bandwidth", [](int64_t bytes, int threads) {
     const Scratch buffer(bytes / 4);
     std::fill_n(buffer.data(), bytes / 4, 1.0f);
@@ -311,15 +318,15 @@ PYBIND11_MODULE(_C, m) {
                           norms ? kernels().norm_saved_size(c, rows, hidden_size) : 0);
   });
 
-  py::class_<Workspace>(m, "Workspace", py::buffer_protocol())
-      .def(py::init<int64_t>())
-      .def_buffer([](Workspace& w) { return py::buffer_info(w.memory.data(), w.floats); });
+  py::class_<Workspace>(m, "Workspace", py::buffer_protocol()).def(py::init<int64_t>()).def_buffer([](Workspace& w) {
+    return py::buffer_info(w.memory.data(), w.floats);
+  });
   py::class_<PackedWeight>(m, "PackedWeight")
       .def(py::init<int, int64_t, int64_t, bool, bool>())
       .def("prepare", &PackedWeight::prepare);
   py::class_<Layout>(m, "Layout")
-      .def(py::init<int, bool, int64_t, int64_t, int64_t, int64_t, int64_t, uintptr_t, uintptr_t, uintptr_t, Strides, double,
-                    std::optional<uint64_t>, uintptr_t, bool>());
+      .def(py::init<int, bool, int64_t, int64_t, int64_t, int64_t, int64_t, uintptr_t, uintptr_t, uintptr_t, Strides,
+                    double, std::optional<uint64_t>, uintptr_t, bool>());
   m.def("forward", &forward);
   m.def("backward", &backward);
   m.def("step", &step);

@@ -18,8 +18,8 @@ constexpr bool is_gru(Cell cell) { return cell == Cell::gru || cell == Cell::gru
 
 constexpr int gate_count(Cell cell) { return cell == Cell::lstm ? 4 : is_gru(cell) ? 3 : 1; }
 
-// Values per unit that the backward pass needs besides the states: LSTM i f g o; GRU r z n and, where the reset comes after
-// the product, W_hn h + b_hn.
+// Values per unit that the backward pass needs besides the states: LSTM i f g o; GRU r z n and, where the reset comes
+// after the product, W_hn h + b_hn.
 constexpr int saved_count(Cell cell) {
   return cell == Cell::lstm || cell == Cell::gru ? 4 : cell == Cell::gru_reset_before ? 3 : 0;
 }
@@ -87,8 +87,8 @@ FASTRNN_CELL void lstm_peephole_cell_state(LstmGates<V>& gates, const LstmPeepho
   gates.o = sigmoid(o + peephole.o * c);
 }
 
-// gates: activations on entry, gradients of the pre-activations on return. tanh_c: what h is o times of. dc: gradient of c_t
-// on entry, with what comes through h_t; of c_{t-1} on return.
+// gates: activations on entry, gradients of the pre-activations on return. tanh_c: what h is o times of. dc: gradient
+// of c_t on entry, with what comes through h_t; of c_{t-1} on return.
 template <class V>
 FASTRNN_CELL void lstm_gate_gradients(LstmGates<V>& gates, V c_previous, V tanh_c, V dh, V& dc) {
   const V i = gates.i, f = gates.f, g = gates.g, o = gates.o;

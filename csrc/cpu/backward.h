@@ -1,6 +1,6 @@
-// The backward recurrence and the gradients of the weights. Steps run backwards with the hidden units dealt out as in the
-// forward pass; after each chunk of steps all threads turn the chunk's gate gradients dG into
-// dW += dG^T [h | x], db += sum dG and dx = dG W_ih, while dG is still in cache.
+// The backward recurrence and the gradients of the weights. Steps run backwards with the hidden units dealt out as in
+// the forward pass; after each chunk of steps all threads turn the chunk's gate gradients dG into dW += dG^T [h | x],
+// db += sum dG and dx = dG W_ih, while dG is still in cache.
 #pragma once
 
 #include "cpu/forward.h"
@@ -8,12 +8,12 @@
 namespace fastrnn {
 namespace {
 
-constexpr int64_t kGradientRows = 384;  // rows of a chunk
+constexpr int64_t kGradientRows = 384;   // rows of a chunk
 constexpr int64_t kBackwardDepth = 256;  // words per pass over a panel of dG W
-constexpr int64_t kBlockPanels = 16;    // panels of [h | x] per pass over the rows of dW: 16 * 384 rows stay in L2
+constexpr int64_t kBlockPanels = 16;     // panels of [h | x] per pass over the rows of dW: 16 * 384 rows stay in L2
 
-// Columns of dG in tiles [words of rows][MR], and what they add to the biases' gradients: short sums in float, long ones
-// in double. stride: elements of a row of dG.
+// Columns of dG in tiles [words of rows][MR], and what they add to the biases' gradients: short sums in float, long
+// ones in double. stride: elements of a row of dG.
 template <int MR>
 inline void pack_columns(const Element* from, int64_t stride, int64_t rows, Word* packed, double* sums) {
   constexpr int64_t kShort = 32;
@@ -64,7 +64,8 @@ inline void add_outer(int64_t rows, int64_t k_size, const Word* packed, const Wo
     const int64_t count = columns - p * kColumns;
     float* c = out + p * kColumns;
     if (count >= kColumns) {
-      tile_rows<2, true>(rows, k_size, packed, rows, b + p * panel_stride, kColumns, resume(accumulate, c, ldc), c, ldc);
+      tile_rows<2, true>(rows, k_size, packed, rows, b + p * panel_stride, kColumns, resume(accumulate, c, ldc), c,
+                         ldc);
       continue;
     }
     alignas(64) float edge[max_rows<2>() * kColumns];
@@ -83,13 +84,14 @@ struct GradientBlock {
 template <Cell cell>
 constexpr GradientBlock gradient_block(int block) {
   // gru_reset_before: the rows of W_hn pair with r * h and not with h, see Slot::weight_gradients.
-  if (cell == Cell::gru) return block == 0 ? GradientBlock{2, -1} : GradientBlock{block < 3 ? block - 1 : -1, block - 1};
+  if (cell == Cell::gru)
+    return block == 0 ? GradientBlock{2, -1} : GradientBlock{block < 3 ? block - 1 : -1, block - 1};
   return {block, block};
 }
 
-// Rows of one pass of dG^T [h | x]. Shorter sums round less, longer ones write dW less often (384: 3 % faster than 128),
-// which matters where dW is large. Up to H = 128, 96 is the most that keeps dW_hh within twice torch's error, and costs
-// nothing; 64 would take 3 % longer.
+// Rows of one pass of dG^T [h | x]. Shorter sums round less, longer ones write dW less often (384: 3 % faster than
+// 128), which matters where dW is large. Up to H = 128, 96 is the most that keeps dW_hh within twice torch's error, and
+// costs nothing; 64 would take 3 % longer.
 inline int64_t outer_depth(int64_t hidden_size) {
   return hidden_size <= 64 ? 64 : hidden_size <= 128 ? 96 : hidden_size <= 256 ? 128 : 384;
 }
@@ -163,8 +165,8 @@ class Backward {
   // Of a row's vector of units, in norm_work_: gradients of the gates' pre-activations, the GRU's W_hn h + b_hn last.
   static constexpr int kNormValues = 4;
 
-  // A slot's sums over rows, H each. For the norms of W_hh h and W_ih x those of dy x^ and dy, G each, then the same for that
-  // of c; the gradients of the peepholes i f o.
+  // A slot's sums over rows, H each. For the norms of W_hh h and W_ih x those of dy x^ and dy, G each, then the same
+  // for that of c; the gradients of the peepholes i f o.
   static constexpr int kStateSums = 4 * kGates, kPeepholeSums = kStateSums + 2, kParameterSums = kPeepholeSums + 3;
   bool has_parameter_sums() const { return norms() || args_.peephole; }
   int64_t parameter_sums_size() const { return kParameterSums * vectors_ * kLanes; }
@@ -219,8 +221,8 @@ class Backward {
       r1 = by_rows ? share(problem.batch, end) : problem.batch;
       product = f.scratch_.data() + begin * f.slot_floats_;
       dx_sums = product + f.product_floats();
-      columns = reinterpret_cast<Word*>(
-          dx_sums + (share(f.x_panels_, end) - share(f.x_panels_, begin)) * kColumns * f.chunk_rows_);
+      columns = reinterpret_cast<Word*>(dx_sums + (share(f.x_panels_, end) - share(f.x_panels_, begin)) * kColumns *
+                                                      f.chunk_rows_);
     }
 
     int64_t share(int64_t count, int64_t slot) const { return count * slot / f.deal_.slots; }
@@ -230,8 +232,7 @@ class Backward {
       return s < 0 || s >= problem.steps ? 0 : problem.active[time(s)];
     }
     bool is_reset(int64_t s, int64_t i) const {
-      return problem.resets &&
-             problem.resets[time(s) * problem.reset_stride_t + entry(i) * problem.reset_stride_b];
+      return problem.resets && problem.resets[time(s) * problem.reset_stride_t + entry(i) * problem.reset_stride_b];
     }
     float* h_carry_at(int64_t i) const { return f.h_carry_.data() + i * f.state_stride_; }
     float* c_carry_at(int64_t i) const { return f.c_carry_.data() + i * f.state_stride_; }
@@ -313,8 +314,8 @@ class Backward {
         const int64_t depth = words(problem.output_size), now = smaller(r1, active_at(s));
         for (int64_t p = p0; p < p1; ++p) {
           if (now > from)
-            multiply_rows_by_panel(now - from, depth, dh_at(s, from, base), f.dh_stride_, weight_hr + p * depth * kColumns,
-                                   product);
+            multiply_rows_by_panel(now - from, depth, dh_at(s, from, base), f.dh_stride_,
+                                   weight_hr + p * depth * kColumns, product);
           finish(s, p, from, coming, last, product, current);
         }
         if (f.norms() && s >= 0) normalize_gradients(s, current);
@@ -358,8 +359,8 @@ class Backward {
         for (int64_t i = 0; i < tiles.count; ++i) {
           float* c = out + tiles.begin(i) * kColumns;
           tile_rows<2, false>(tiles.begin(i + 1) - tiles.begin(i), smaller(kBackwardDepth, k_size - k),
-                              a + tiles.begin(i) * lda + k, lda, b + k * kColumns, kColumns,
-                              resume(k > 0, c, kColumns), c, kColumns);
+                              a + tiles.begin(i) * lda + k, lda, b + k * kColumns, kColumns, resume(k > 0, c, kColumns),
+                              c, kColumns);
         }
     }
 
@@ -369,7 +370,8 @@ class Backward {
       return reinterpret_cast<Word*>(f.dh_.data()) + row * f.dh_stride_;
     }
 
-    // With a projection: dh of step s, complete before any thread takes dh W_hr; and dh0 of rows that began at step s + 1.
+    // With a projection: dh of step s, complete before any thread takes dh W_hr; and dh0 of rows that began at step s
+    // + 1.
     void project_gradient(int64_t s, const Word* next, int64_t base) const {
       const int64_t from = r0, coming = smaller(r1, active_at(s + 1)), now = smaller(r1, active_at(s));
       const int64_t last = larger(coming, now);
@@ -500,8 +502,7 @@ class Backward {
           Vec dh_old = {};  // what goes to h_{t-1} past the product with W_hh
           if (zoneout_h) f.zoneout_.row(0, t, b).split(unit, dh, dh, dh_old);
           if constexpr (kLstm) {
-            LstmGates<Vec> gates{load(saved), load(saved + kLanes), load(saved + 2 * kLanes),
-                                 load(saved + 3 * kLanes)};
+            LstmGates<Vec> gates{load(saved), load(saved + kLanes), load(saved + 2 * kLanes), load(saved + 3 * kLanes)};
             if (args.dc_all)
               dc += load(args.dc_all + args.dc_all_rows.offset[t] + b * args.dc_all_rows.stride + unit, count);
             Vec dc_old = {};
@@ -533,8 +534,7 @@ class Backward {
               store(out + 2 * gate, n, count);
             }
           } else if constexpr (kGru) {
-            GruGates<Vec> gates{load(saved), load(saved + kLanes), load(saved + 2 * kLanes),
-                                load(saved + 3 * kLanes)};
+            GruGates<Vec> gates{load(saved), load(saved + kLanes), load(saved + 2 * kLanes), load(saved + 3 * kLanes)};
             gru_backward(gates, h_before(s, i, unit), dh);
             dh_old += dh;
             if (f.norms()) {
@@ -572,8 +572,8 @@ class Backward {
     const float* norm_saved(int64_t s, int64_t i) const {
       return args.norm_saved + (problem.row_base[time(s)] + i) * NormSaved<cell>::row_size(problem.hidden_size);
     }
-    // The reciprocal standard deviation; 0 for one number alone, whose norm is constant, where the terms of its gradient would
-    // cancel to rounding errors only.
+    // The reciprocal standard deviation; 0 for one number alone, whose norm is constant, where the terms of its
+    // gradient would cancel to rounding errors only.
     float slope(int64_t s, int64_t i, int index, int gates) const {
       if (gates * problem.hidden_size == 1) return 0.0f;
       return norm_saved(s, i)[NormSaved<cell>::deviation(problem.hidden_size, index)];
@@ -594,7 +594,8 @@ class Backward {
     void gate_gradients(int64_t unit, LstmGates<Vec>& gates, Vec c_previous, Vec tanh_c, Vec dh, Vec& dc) const {
       if (!args.peephole) return lstm_gate_gradients(gates, c_previous, tanh_c, dh, dc);
       const Vec c = gates.f * c_previous + gates.i * gates.g;
-      lstm_peephole_gate_gradients(gates, peephole_at(args.peephole, problem.hidden_size, unit), c_previous, tanh_c, dh, dc);
+      lstm_peephole_gate_gradients(gates, peephole_at(args.peephole, problem.hidden_size, unit), c_previous, tanh_c, dh,
+                                   dc);
       add_sums(kPeepholeSums, unit, gates.i * c_previous);
       add_sums(kPeepholeSums + 1, unit, gates.f * c_previous);
       add_sums(kPeepholeSums + 2, unit, gates.o * c);
@@ -738,8 +739,8 @@ class Backward {
       write(input, args.norm_ih, f.parts_ih_, true);
     }
 
-    // The slots' sums, added up, to the gradients of the peepholes, and with layer norm to those of its parameters and of the
-    // biases.
+    // The slots' sums, added up, to the gradients of the peepholes, and with layer norm to those of its parameters and
+    // of the biases.
     void parameter_gradients() const {
       wait();
       const int64_t from = share(problem.hidden_size, begin), last = share(problem.hidden_size, end);
@@ -773,8 +774,8 @@ class Backward {
         for (int64_t i = 0; i < active_at(s); ++i) function(problem.row_base[time(s)] - base + i, s, i, time(s));
     }
 
-    // This thread's share of the right-hand side of dW: [h_{t-1} | x], in panels [rows][kColumns]; with the reset before the
-    // product [h_{t-1} | x | r * h_{t-1}].
+    // This thread's share of the right-hand side of dW: [h_{t-1} | x], in panels [rows][kColumns]; with the reset
+    // before the product [h_{t-1} | x | r * h_{t-1}].
     void gather_right(int64_t low, int64_t high, int64_t base, int64_t rows) const {
       if (rows % kPerWord) zero_row(rows);
       if (args.dweight_hh) {
@@ -856,7 +857,8 @@ class Backward {
     template <class Function>
     void for_output_tiles(Function function) const {
       const int64_t first = share(problem.output_size, begin), size = share(problem.output_size, end) - first;
-      const int64_t before = f.blocks_ * RowTiles(share(problem.hidden_size, end) - share(problem.hidden_size, begin), kTile).count;
+      const int64_t before =
+          f.blocks_ * RowTiles(share(problem.hidden_size, end) - share(problem.hidden_size, begin), kTile).count;
       const RowTiles tiles(size, kTile);
       for (int64_t i = 0; i < tiles.count; ++i)
         function(before + i, first + tiles.begin(i), tiles.begin(i + 1) - tiles.begin(i));
@@ -991,8 +993,7 @@ class Backward {
   mutable Barrier barrier_;
   const int64_t chunk_rows_, chunk_words_, dh_stride_, gate_stride_;
   const int blocks_;
-  const int64_t gradient_stride_, state_stride_, tiles_, tile_words_,
-      slot_floats_;
+  const int64_t gradient_stride_, state_stride_, tiles_, tile_words_, slot_floats_;
   const Zoneout zoneout_;
   const Scratch gradients_, h_carry_, c_carry_, sums_, right_, dh_, norm_work_, parameter_sums_;
   const RowParts parts_hh_, parts_ih_, parts_c_;

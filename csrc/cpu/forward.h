@@ -8,7 +8,8 @@
 namespace fastrnn {
 namespace {
 
-// Rows of a layout that hold one chunk of input projections: 64 to 256 measured equal, the whole sequence 3-10 % slower.
+// Rows of a layout that hold one chunk of input projections: 64 to 256 measured equal, the whole sequence 3-10 %
+// slower.
 constexpr int64_t kChunkRows = 128;
 
 // K per pass over a panel: short sums round less, long ones cost less (512 against 256: 1 %). The LSTM's gates damp the
@@ -27,13 +28,13 @@ struct Deal {
 };
 
 inline Deal deal_recurrence(const Problem& problem, int64_t panels, int threads) {
-  const double step_flops = 2.0 * gate_count(problem.cell) * problem.batch * problem.hidden_size *
-                            (problem.hidden_size + problem.input_size);
+  const double step_flops =
+      2.0 * gate_count(problem.cell) * problem.batch * problem.hidden_size * (problem.hidden_size + problem.input_size);
   // A slot must have a step's work well above the barrier (50 ns, about 15k FLOP on one core).
   const int64_t worth = larger(1, static_cast<int64_t>(step_flops / 120e3));
   if (panels >= threads && worth >= 2) return {false, smaller(smaller(threads, worth), panels)};
-  const int64_t by_rows = smaller(smaller(threads, problem.batch),
-                                  larger(1, static_cast<int64_t>(step_flops * problem.steps / 1e6)));
+  const int64_t by_rows =
+      smaller(smaller(threads, problem.batch), larger(1, static_cast<int64_t>(step_flops * problem.steps / 1e6)));
   return {by_rows > 1, by_rows};
 }
 
@@ -61,7 +62,7 @@ class Forward {
   static constexpr int kMaxRows = max_rows<P::NV>();
   static constexpr int kGroups = group_count<cell>();
   static constexpr int kOutputs = Panel<Cell::rnn_tanh>::kUnits;  // of a panel of W_hr
-  static constexpr bool kRounded = kPerWord > 1;  // h is rounded where it meets W_hh
+  static constexpr bool kRounded = kPerWord > 1;                  // h is rounded where it meets W_hh
 
  public:
   Forward(const Problem& problem, const ForwardArgs& args, int threads)
@@ -86,7 +87,8 @@ class Forward {
         unprojected_(args.weight_hr ? problem.batch * padded(words(problem.hidden_size)) : 0),
         reset_h_(kResetBefore ? problem.batch * operand_stride_ : 0),
         parts_hh_(args.norm_hh.weight ? problem.batch : 0, kGroups, problem.hidden_size),
-        parts_ih_(args.norm_ih.weight ? (deal_.by_rows ? deal_.slots : 1) * block_rows_ : 0, kGroups, problem.hidden_size),
+        parts_ih_(args.norm_ih.weight ? (deal_.by_rows ? deal_.slots : 1) * block_rows_ : 0, kGroups,
+                  problem.hidden_size),
         parts_c_(args.norm_c.weight ? problem.batch : 0, 1, problem.hidden_size),
         scratch_(deal_.slots * slot_floats_) {}
 
@@ -105,8 +107,8 @@ class Forward {
     const Element* const x;
     Element* const y;
     const Word *const weight_ih, *const weight_hh, *const weight_hr;
-    const int64_t begin, end;  // the slots that this thread stands for
-    int64_t p0, p1, r0, r1;    // its panels and rows
+    const int64_t begin, end;           // the slots that this thread stands for
+    int64_t p0, p1, r0, r1;             // its panels and rows
     int64_t first_output, last_output;  // its part of h: its units, or its panels of W_hr
     float *gates_x, *bias, *bias_hn, *products;
     Word* x_rows;
@@ -334,11 +336,13 @@ class Forward {
       for (int64_t k = 0; k < steps; ++k)
         for (int64_t i = i0; i < active(t0 + k) && row < rows; ++i) numbers[row++] = problem.row_base[t0 + k] + i;
       const int64_t first = f.deal_.by_rows ? begin * f.block_rows_ : 0;
-      for_groups([&](auto group) { measure<group.first, group.gates>(f.parts_ih_, first, gates_x, rows, P::kWidth, 0); });
+      for_groups(
+          [&](auto group) { measure<group.first, group.gates>(f.parts_ih_, first, gates_x, rows, P::kWidth, 0); });
       wait();
       for_groups([&](auto group) {
-        normalize<group.first, group.gates>(f.parts_ih_, first, args.norm_ih, gates_x, rows, P::kWidth, 0,
-                                            [&](int64_t i) { return numbers[i]; }, NormSaved<cell>::kInput);
+        normalize<group.first, group.gates>(
+            f.parts_ih_, first, args.norm_ih, gates_x, rows, P::kWidth, 0, [&](int64_t i) { return numbers[i]; },
+            NormSaved<cell>::kInput);
       });
       for (int64_t p = p0; p < p1; ++p)
         for (int64_t i = 0; i < rows; ++i)
@@ -371,8 +375,8 @@ class Forward {
           const float* from = block + (p - p0) * rows * width + (kFirst - origin) * P::kUnits + vector * kLanes;
           parts.measure<kCount>(first_row, rows, group_of(kFirst), unit,
                                 [&](int64_t i, int gate) __attribute__((always_inline)) {
-            return load(from + i * width + gate * P::kUnits);
-          });
+                                  return load(from + i * width + gate * P::kUnits);
+                                });
         }
     }
 
@@ -403,7 +407,9 @@ class Forward {
           }
     }
 
-    float* norm_saved(int64_t row) const { return args.norm_saved + row * NormSaved<cell>::row_size(problem.hidden_size); }
+    float* norm_saved(int64_t row) const {
+      return args.norm_saved + row * NormSaved<cell>::row_size(problem.hidden_size);
+    }
 
     void save_normal(int64_t row, int64_t unit, int index, Vec normal) const {
       if (args.norm_saved) store(norm_saved(row) + NormSaved<cell>::value(unit, index), normal);
@@ -423,8 +429,8 @@ class Forward {
              reinterpret_cast<uintptr_t>(first) % sizeof(Word) == 0;
     }
 
-    // The share of a panel, `size` words deep, that tile i of those before it fetches. Few tiles cannot fetch it all, and
-    // the core's own prefetchers do better then (d: 3 % faster by it, c: 2 % slower).
+    // The share of a panel, `size` words deep, that tile i of those before it fetches. Few tiles cannot fetch it all,
+    // and the core's own prefetchers do better then (d: 3 % faster by it, c: 2 % slower).
     static Ahead ahead(const Word* panel, int64_t size, int64_t i, const RowTiles& tiles) {
       const bool takes_part = tiles.count >= P::NV && i < P::NV;
       return {reinterpret_cast<const char*>(panel + (takes_part ? i * size * kLanes : 0)), takes_part ? 64 : 0};
@@ -493,7 +499,8 @@ class Forward {
           multiply_panel<P::NV>(tiles.begin(i + 1) - tiles.begin(i), operand_at(s, from + tiles.begin(i)), panel_at(p),
                                 product(p) + tiles.begin(i) * P::kWidth);
       if (args.norm_hh.weight) {
-        for_groups([&](auto group) { measure<group.first, group.gates>(f.parts_hh_, from, products, rows, P::kWidth, 0); });
+        for_groups(
+            [&](auto group) { measure<group.first, group.gates>(f.parts_hh_, from, products, rows, P::kWidth, 0); });
         wait();
         for_groups([&](auto group) {
           normalize<group.first, group.gates>(f.parts_hh_, from, args.norm_hh, products, rows, P::kWidth, 0, number,
@@ -534,33 +541,34 @@ class Forward {
 
       gate_products<0, 2>(s, from, rows, operand_at(s, from), 0,
                           [&](int64_t p, int vector, int64_t row, const float* product) __attribute__((always_inline)) {
-        const int64_t i = from + row, unit = p * P::kUnits + vector * kLanes;
-        auto gate = [&](int g) __attribute__((always_inline)) {
-          return sigmoid(load(product + g * P::kUnits) + load(x_part(p, row, g) + vector * kLanes));
-        };
-        const Vec r = gate(0), z = gate(1);
-        store(c_at(i) + unit, z);
-        store(reinterpret_cast<Element*>(reset_h_at(i)) + unit,
-              r * load(reinterpret_cast<const Element*>(operand_at(s, i)) + unit));
-        if (args.saved) {
-          store(saved_at(time(s), i, unit), r);
-          store(saved_at(time(s), i, unit) + kLanes, z);
-        }
-      });
+                            const int64_t i = from + row, unit = p * P::kUnits + vector * kLanes;
+                            auto gate = [&](int g) __attribute__((always_inline)) {
+                              return sigmoid(load(product + g * P::kUnits) + load(x_part(p, row, g) + vector * kLanes));
+                            };
+                            const Vec r = gate(0), z = gate(1);
+                            store(c_at(i) + unit, z);
+                            store(reinterpret_cast<Element*>(reset_h_at(i)) + unit,
+                                  r * load(reinterpret_cast<const Element*>(operand_at(s, i)) + unit));
+                            if (args.saved) {
+                              store(saved_at(time(s), i, unit), r);
+                              store(saved_at(time(s), i, unit) + kLanes, z);
+                            }
+                          });
       wait();
       gate_products<2, 1>(s, from, rows, reset_h_at(from), words(size) * 2 * P::kUnits,
                           [&](int64_t p, int vector, int64_t row, const float* product) __attribute__((always_inline)) {
-        const int64_t i = from + row, unit = p * P::kUnits + vector * kLanes;
-        const Vec n = tanh(load(product) + load(x_part(p, row, 2) + vector * kLanes));
-        if (args.saved) store(saved_at(time(s), i, unit) + 2 * kLanes, n);
-        put_h(s, i, unit, gru_output(load(c_at(i) + unit), n, load(h_at(s, i) + unit)));
-      });
+                            const int64_t i = from + row, unit = p * P::kUnits + vector * kLanes;
+                            const Vec n = tanh(load(product) + load(x_part(p, row, 2) + vector * kLanes));
+                            if (args.saved) store(saved_at(time(s), i, unit) + 2 * kLanes, n);
+                            put_h(s, i, unit, gru_output(load(c_at(i) + unit), n, load(h_at(s, i) + unit)));
+                          });
     }
 
-    // a times the panels of gates [kFirst, kFirst + kCount), which begin at `offset` within a panel, normalised where that is
-    // asked for; then pointwise(panel, vector, row, gates) for each vector of units.
+    // a times the panels of gates [kFirst, kFirst + kCount), which begin at `offset` within a panel, normalised where
+    // that is asked for; then pointwise(panel, vector, row, gates) for each vector of units.
     template <int kFirst, int kCount, class Pointwise>
-    void gate_products(int64_t s, int64_t from, int64_t rows, const Word* a, int64_t offset, Pointwise pointwise) const {
+    void gate_products(int64_t s, int64_t from, int64_t rows, const Word* a, int64_t offset,
+                       Pointwise pointwise) const {
       constexpr int NV = kCount * P::kVectors;
       auto finish_rows = [&](int64_t p, int64_t row, int64_t count, const float* product) {
         for (int64_t i = 0; i < count; ++i)
@@ -581,9 +589,9 @@ class Forward {
       if (!normalized) return;
       measure<kFirst, kCount>(f.parts_hh_, from, products, rows, NV * kLanes, kFirst);
       wait();
-      normalize<kFirst, kCount>(f.parts_hh_, from, args.norm_hh, products, rows, NV * kLanes, kFirst,
-                                [&](int64_t i) { return problem.row_base[time(s)] + from + i; },
-                                NormSaved<cell>::kHidden);
+      normalize<kFirst, kCount>(
+          f.parts_hh_, from, args.norm_hh, products, rows, NV * kLanes, kFirst,
+          [&](int64_t i) { return problem.row_base[time(s)] + from + i; }, NormSaved<cell>::kHidden);
       for (int64_t p = p0; p < p1; ++p) finish_rows(p, 0, rows, products + (p - p0) * rows * NV * kLanes);
     }
 
@@ -621,7 +629,8 @@ class Forward {
       }
     }
 
-    // product[panel][row][kWidth] = h W_hh^T for `rows` rows and panel p, or two panels below `limit`; returns how many.
+    // product[panel][row][kWidth] = h W_hh^T for `rows` rows and panel p, or two panels below `limit`; returns how
+    // many.
     int64_t multiply(int64_t s, int64_t p, int64_t limit, int64_t i, int64_t rows, float* product) const {
       const Word *a = operand_at(s, i), *b = panel_at(p);
       if constexpr (panels_at_once<P::NV>(1) == 2) {
@@ -645,14 +654,13 @@ class Forward {
       return load(product + at) + load(x_part + at);
     }
 
-    // The pointwise part of `rows` rows, in two loops: the chain of two activations, sigmoid then tanh, is twice as long as
-    // the window in which the core overlaps rows. Rolled over rows: unrolled, GCC keeps the tile in memory within the
-    // product.
+    // The pointwise part of `rows` rows, in two loops: the chain of two activations, sigmoid then tanh, is twice as
+    // long as the window in which the core overlaps rows. Rolled over rows: unrolled, GCC keeps the tile in memory
+    // within the product.
     void activate(int64_t s, int64_t p, int64_t from, int64_t rows, float* product, const float* x_part) const {
       const int64_t t = time(s);
-      auto pre = [&](int64_t row, int vector, int gate) __attribute__((always_inline)) {
-        return pre_activation(product, x_part, row, vector, gate);
-      };
+      auto pre = [&](int64_t row, int vector, int gate)
+                     __attribute__((always_inline)) { return pre_activation(product, x_part, row, vector, gate); };
       if constexpr (kLstm) {
         auto activate_rows = [&](auto cell_state) __attribute__((always_inline)) {
           for (int64_t row = 0; row < rows; ++row) {
@@ -676,9 +684,8 @@ class Forward {
         };
         if (args.peephole) {
           const auto peephole = peephole_at(args.peephole, problem.hidden_size, p * kLanes);
-          activate_rows([&](auto& gates, Vec& c) __attribute__((always_inline)) {
-            lstm_peephole_cell_state(gates, peephole, c);
-          });
+          activate_rows([&](auto& gates, Vec& c)
+                            __attribute__((always_inline)) { lstm_peephole_cell_state(gates, peephole, c); });
         } else {
           activate_rows([](auto& gates, Vec& c) __attribute__((always_inline)) { lstm_cell_state(gates, c); });
         }
@@ -741,8 +748,8 @@ class Forward {
             alignas(64) float product[max_rows<2>() * kOutputs];
             for (int64_t k = 0; k < size; k += kDepth<cell>)
               tile_rows<2, false>(rows, smaller(kDepth<cell>, size - k), unprojected_at(row) + k,
-                                  unprojected_at(1) - unprojected_at(0), weight_hr + unit * size + k * kOutputs, kOutputs,
-                                  resume(k > 0, product, kOutputs), product, kOutputs);
+                                  unprojected_at(1) - unprojected_at(0), weight_hr + unit * size + k * kOutputs,
+                                  kOutputs, resume(k > 0, product, kOutputs), product, kOutputs);
             for (int64_t i = 0; i < rows; ++i)
               for (int64_t u = unit; u < smaller(last_output, unit + kOutputs); u += kLanes)
                 put_h(s, row + i, u, load(product + i * kOutputs + u - unit));
@@ -750,7 +757,8 @@ class Forward {
       }
     }
 
-    // c_t, already in its place for the next step, goes to c_all, to c_n where the sequence ends, or gives way to a reset.
+    // c_t, already in its place for the next step, goes to c_all, to c_n where the sequence ends, or gives way to a
+    // reset.
     void put_c(int64_t s, int64_t i, int64_t unit) const {
       const int64_t t = time(s), b = entry(i), count = problem.hidden_size - unit;
       const Vec c = load(c_at(i) + unit);

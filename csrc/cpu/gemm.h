@@ -12,8 +12,8 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// What a tile's sums are added to: rows of leading dimension ld (0: one row for all, as a bias), or nothing. Added at the
-// end, so that the many roundings are of the short sum and few are of the long one.
+// What a tile's sums are added to: rows of leading dimension ld (0: one row for all, as a bias), or nothing. Added at
+// the end, so that the many roundings are of the short sum and few are of the long one.
 struct Start {
   const float* rows;
   int64_t ld;
@@ -34,9 +34,9 @@ inline Ahead nothing_ahead(const Word* b) { return {reinterpret_cast<const char*
 // c[m][p][v] = start + sum_k a[m, k] * b_p[k][v], m < MR, p < NP panels. A is row-major with leading dimension lda, or,
 // for column_major, a[k * lda + m].
 template <int MR, int NV, int NP, bool column_major>
-inline __attribute__((always_inline)) void tile(int64_t k_size, const Word* a, int64_t lda, const Word* b,
-                                                int64_t ldb, int64_t panel_stride, Start start, float* c,
-                                                int64_t ldc, int64_t c_panel_stride, Ahead ahead) {
+inline __attribute__((always_inline)) void tile(int64_t k_size, const Word* a, int64_t lda, const Word* b, int64_t ldb,
+                                                int64_t panel_stride, Start start, float* c, int64_t ldc,
+                                                int64_t c_panel_stride, Ahead ahead) {
   Vec acc[MR][NP * NV];
 #pragma GCC unroll 16
   for (int m = 0; m < MR; ++m)
@@ -80,8 +80,7 @@ inline __attribute__((always_inline)) void tile(int64_t k_size, const Word* a, i
 #pragma GCC unroll 16
   for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 8
-    for (int v = 0; v < NP * NV; ++v)
-      store(c + m * ldc + (v / NV) * c_panel_stride + (v % NV) * kLanes, acc[m][v]);
+    for (int v = 0; v < NP * NV; ++v) store(c + m * ldc + (v / NV) * c_panel_stride + (v % NV) * kLanes, acc[m][v]);
 }
 
 // Rows of a tile for panels of NV vectors: as many accumulators as the registers hold.
@@ -105,8 +104,8 @@ __attribute__((noinline)) void tile_call(int64_t k_size, const Word* a, int64_t 
 }
 
 template <int NV, bool column_major, int MR = max_rows<NV>()>
-inline void tile_rows(int64_t rows, int64_t k_size, const Word* a, int64_t lda, const Word* b, int64_t ldb,
-                      Start start, float* c, int64_t ldc, Ahead ahead) {
+inline void tile_rows(int64_t rows, int64_t k_size, const Word* a, int64_t lda, const Word* b, int64_t ldb, Start start,
+                      float* c, int64_t ldc, Ahead ahead) {
   if (rows == MR) {
     tile_call<MR, NV, 1, column_major>(k_size, a, lda, b, ldb, 0, start, c, ldc, 0, ahead);
   } else if constexpr (MR > 1) {
@@ -115,10 +114,9 @@ inline void tile_rows(int64_t rows, int64_t k_size, const Word* a, int64_t lda, 
 }
 
 template <int NV, bool column_major>
-inline void tile_rows(int64_t rows, int64_t k_size, const Word* a, int64_t lda, const Word* b, int64_t ldb,
-                      Start start, float* c, int64_t ldc) {
-  tile_rows<NV, column_major>(rows, k_size, a, lda, b, ldb, start, c, ldc,
-                              nothing_ahead(b));
+inline void tile_rows(int64_t rows, int64_t k_size, const Word* a, int64_t lda, const Word* b, int64_t ldb, Start start,
+                      float* c, int64_t ldc) {
+  tile_rows<NV, column_major>(rows, k_size, a, lda, b, ldb, start, c, ldc, nothing_ahead(b));
 }
 
 // Asks for what other cores have just written, all lines at once: one transfer's latency and not one after another.

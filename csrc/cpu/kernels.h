@@ -20,11 +20,16 @@ struct CellTag {
 template <class Function>
 auto with_cell(Cell cell, Function function) {
   switch (cell) {
-    case Cell::lstm: return function(CellTag<Cell::lstm>());
-    case Cell::gru: return function(CellTag<Cell::gru>());
-    case Cell::gru_reset_before: return function(CellTag<Cell::gru_reset_before>());
-    case Cell::rnn_relu: return function(CellTag<Cell::rnn_relu>());
-    default: return function(CellTag<Cell::rnn_tanh>());
+    case Cell::lstm:
+      return function(CellTag<Cell::lstm>());
+    case Cell::gru:
+      return function(CellTag<Cell::gru>());
+    case Cell::gru_reset_before:
+      return function(CellTag<Cell::gru_reset_before>());
+    case Cell::rnn_relu:
+      return function(CellTag<Cell::rnn_relu>());
+    default:
+      return function(CellTag<Cell::rnn_tanh>());
   }
 }
 
@@ -35,15 +40,15 @@ int64_t packed_forward_size(Cell cell, int64_t hidden_size, int64_t columns) {
   });
 }
 
-void pack_forward(Cell cell, int64_t hidden_size, int64_t columns, bool hidden, const void* weight, bool floats, void* packed,
-                  int threads) {
+void pack_forward(Cell cell, int64_t hidden_size, int64_t columns, bool hidden, const void* weight, bool floats,
+                  void* packed, int threads) {
   with_cell(cell, [&](auto tag) {
     if (floats) {
       pack_forward_panels<tag.cell>(hidden_size, columns, hidden, static_cast<const float*>(weight),
-                              static_cast<Word*>(packed), threads);
+                                    static_cast<Word*>(packed), threads);
     } else {
       pack_forward_panels<tag.cell>(hidden_size, columns, hidden, static_cast<const Element*>(weight),
-                              static_cast<Word*>(packed), threads);
+                                    static_cast<Word*>(packed), threads);
     }
   });
 }
@@ -52,15 +57,15 @@ int64_t packed_backward_size(Cell cell, int64_t hidden_size, int64_t columns) {
   return gate_count(cell) * words(hidden_size) * ceil_div(columns, kColumns) * kColumns;
 }
 
-void pack_backward(Cell cell, int64_t hidden_size, int64_t columns, bool hidden, const void* weight, bool floats, void* packed,
-                   int threads) {
+void pack_backward(Cell cell, int64_t hidden_size, int64_t columns, bool hidden, const void* weight, bool floats,
+                   void* packed, int threads) {
   with_cell(cell, [&](auto tag) {
     if (floats) {
       pack_backward_panels<tag.cell>(hidden_size, columns, hidden, static_cast<const float*>(weight),
-                              static_cast<Word*>(packed), threads);
+                                     static_cast<Word*>(packed), threads);
     } else {
       pack_backward_panels<tag.cell>(hidden_size, columns, hidden, static_cast<const Element*>(weight),
-                              static_cast<Word*>(packed), threads);
+                                     static_cast<Word*>(packed), threads);
     }
   });
 }
@@ -150,13 +155,25 @@ double read_bandwidth(const float* data, int64_t size, int threads, double secon
 }  // namespace
 }  // namespace fastrnn
 
-#define FASTRNN_DEFINE_KERNELS(name)                                                                               \
-  namespace fastrnn::cpu {                                                                                         \
-  const Kernels& kernels_##name() {                                                                                \
-    static const Kernels kernels = {#name,          kLanes,           packed_forward_size, pack_forward,           \
-                                    packed_backward_size, pack_backward, checksum_floats,   saved_size,             \
-                                    norm_saved_size, forward,         backward,       step,   step_backward_any,    \
-                                    dropout,        fma_ceiling,      read_bandwidth};                             \
-    return kernels;                                                                                                \
-  }                                                                                                                \
+#define FASTRNN_DEFINE_KERNELS(name)                      \
+  namespace fastrnn::cpu {                                \
+  const Kernels& kernels_##name() {                       \
+    static const Kernels kernels = {#name,                \
+                                    kLanes,               \
+                                    packed_forward_size,  \
+                                    pack_forward,         \
+                                    packed_backward_size, \
+                                    pack_backward,        \
+                                    checksum_floats,      \
+                                    saved_size,           \
+                                    norm_saved_size,      \
+                                    forward,              \
+                                    backward,             \
+                                    step,                 \
+                                    step_backward_any,    \
+                                    dropout,              \
+                                    fma_ceiling,          \
+                                    read_bandwidth};      \
+    return kernels;                                       \
+  }                                                       \
   }

@@ -1,5 +1,5 @@
-// Memory for what a call needs besides its results. Fresh pages cost about 0.25 us per 4 KB, which was 9 % of a training
-// step; so blocks go back to a pool, which keeps at most kPoolBytes of them.
+// Memory for what a call needs besides its results. Fresh pages cost about 0.25 us per 4 KB, which was 9 % of a
+// training step; so blocks go back to a pool, which keeps at most kPoolBytes of them.
 #pragma once
 
 #include <stdint.h>

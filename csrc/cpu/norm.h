@@ -1,5 +1,6 @@
-// Layer norm (Ba et al. 2016) over hidden units that several threads share. Each thread measures its own vectors of units;
-// behind a barrier every thread combines all parts in the same order, so that no result depends on who computed what.
+// Layer norm (Ba et al. 2016) over hidden units that several threads share. Each thread measures its own vectors of
+// units; behind a barrier every thread combines all parts in the same order, so that no result depends on who computed
+// what.
 #pragma once
 
 #include "cpu/pack.h"
@@ -47,7 +48,9 @@ inline __attribute__((always_inline)) Vec first_lanes(Vec v, int64_t valid) {
 class RowParts {
  public:
   RowParts(int64_t rows, int groups, int64_t hidden_size)
-      : groups_(groups), hidden_size_(hidden_size), vectors_(ceil_div(hidden_size, kLanes)),
+      : groups_(groups),
+        hidden_size_(hidden_size),
+        vectors_(ceil_div(hidden_size, kLanes)),
         parts_(rows * groups * 2 * vectors_) {}
 
   void put(int64_t row, int group, int64_t unit, float first, float second) const {
@@ -56,8 +59,8 @@ class RowParts {
     to[vectors_] = second;
   }
 
-  // Of `rows` rows from `row` on; value(i, gate) is a vector of units of the i-th. By kLanes rows at once, whose sums over
-  // lanes cost a third of one at a time.
+  // Of `rows` rows from `row` on; value(i, gate) is a vector of units of the i-th. By kLanes rows at once, whose sums
+  // over lanes cost a third of one at a time.
   template <int kGates, class Value>
   void measure(int64_t row, int64_t rows, int group, int64_t unit, Value value) const {
     const int64_t valid = smaller(kLanes, hidden_size_ - unit);

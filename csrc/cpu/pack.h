@@ -74,9 +74,7 @@ inline __attribute__((always_inline)) Vec sum_lanes(Vec (&rows)[kLanes]) {
 }
 
 // Slots that `bytes` of memory traffic are worth: a team costs about 1 us to wake.
-inline int64_t traffic_slots(int64_t bytes, int threads) {
-  return larger(1, smaller(threads, bytes / (128 << 10)));
-}
+inline int64_t traffic_slots(int64_t bytes, int threads) { return larger(1, smaller(threads, bytes / (128 << 10))); }
 
 // Where vector v of a panel begins and how wide its rows are. W_hh of the GRU with the reset before the product is two
 // panels in one: r and z, which multiply h, then n, which multiplies r * h.
@@ -174,7 +172,8 @@ void pack_backward_panels(int64_t hidden_size, int64_t columns, bool hidden, con
           const int64_t column = p * kColumns + vector * kLanes, count = columns - column;
           Word* out = packed + (p * depth + k) * kColumns + vector * kLanes;
 #ifdef FASTRNN_BF16
-          store(out, pair(load(row + column, count), unit + 1 < hidden_size ? load(row + columns + column, count) : Vec{}));
+          store(out,
+                pair(load(row + column, count), unit + 1 < hidden_size ? load(row + columns + column, count) : Vec{}));
 #else
           store(out, load(row + column, count));
 #endif
@@ -198,8 +197,7 @@ inline uint64_t checksum_floats(const float* data, int64_t size, int threads) {
       const int64_t last = smaller(size, (b + 1) * kBlock);
       int64_t i = b * kBlock;
       Wide key = {}, sums[4] = {};
-      for (unsigned lane = 0; lane < sizeof(Wide) / 8; ++lane)
-        key[lane] = (b * 64 + lane + 1) * 0x9E3779B97F4A7C15ull;
+      for (unsigned lane = 0; lane < sizeof(Wide) / 8; ++lane) key[lane] = (b * 64 + lane + 1) * 0x9E3779B97F4A7C15ull;
       for (; i + 4 * kLanes <= last; i += 4 * kLanes)
 #pragma GCC unroll 4
         for (int part = 0; part < 4; ++part) {

@@ -25,7 +25,7 @@ struct Problem {
   const int64_t* order;     // [B], or null: row i is batch entry i
   const uint8_t* resets;    // [T, B] by the strides below, or null
   int64_t reset_stride_t, reset_stride_b;
-  double zoneout;       // probability; in expectation unless random
+  double zoneout;  // probability; in expectation unless random
   bool zoneout_random;
   uint64_t zoneout_seed;
   const float* recurrent_mask;  // [B, P] or null
@@ -47,11 +47,11 @@ struct ForwardArgs {
   const void* weight_ih;  // packed by pack_forward
   const void* weight_hh;  // packed by pack_forward
   const void* weight_hr;  // [P, H], packed by pack_forward as an RNN's weight, LSTM, or null: h = W_hr (o * tanh(c))
-  const float* bias_ih;    // [G*H] or null
-  const float* bias_hh;    // [G*H] or null
-  const float* h0;         // [B, P] or null
-  const float* c0;         // [B, H] or null
-  void* y;                 // [T, B, P]
+  const float* bias_ih;   // [G*H] or null
+  const float* bias_hh;   // [G*H] or null
+  const float* h0;        // [B, P] or null
+  const float* c0;        // [B, H] or null
+  void* y;                // [T, B, P]
   Rows y_rows;
   float* h_n;    // [B, P]
   float* c_n;    // [B, H], LSTM
@@ -66,8 +66,8 @@ struct ForwardArgs {
 struct BackwardArgs {
   const void* dy;  // [T, B, P] or null
   Rows dy_rows;
-  const float* dh_n;  // [B, P] or null
-  const float* dc_n;  // [B, H] or null
+  const float* dh_n;    // [B, P] or null
+  const float* dc_n;    // [B, H] or null
   const float* dc_all;  // [T, B, H] or null
   Rows dc_all_rows;
   const void* x;
@@ -82,7 +82,7 @@ struct BackwardArgs {
   const float* saved;
   const float* c_all;
   Rows c_rows;
-  void* dx;            // or null
+  void* dx;  // or null
   Rows dx_rows;
   float* dweight_ih;  // [G*H, I] or null
   float* dweight_hh;  // [G*H, P] or null
@@ -141,14 +141,14 @@ struct Kernels {
 
   // Floats' worth of memory that a weight [G*H, columns] takes once packed for the forward product x W^T.
   int64_t (*packed_forward_size)(Cell, int64_t hidden_size, int64_t columns);
-  // `hidden` tells weight_hh, whose layout differs in some cells (place in pack.h, and the gradients' order of cells.h);
-  // `floats` a weight that is float whatever the kernels' data type.
-  void (*pack_forward)(Cell, int64_t hidden_size, int64_t columns, bool hidden, const void* weight, bool floats, void* packed,
-                       int threads);
+  // `hidden` tells weight_hh, whose layout differs in some cells (place in pack.h, and the gradients' order of
+  // cells.h); `floats` a weight that is float whatever the kernels' data type.
+  void (*pack_forward)(Cell, int64_t hidden_size, int64_t columns, bool hidden, const void* weight, bool floats,
+                       void* packed, int threads);
   // The same for the backward product dG W.
   int64_t (*packed_backward_size)(Cell, int64_t hidden_size, int64_t columns);
-  void (*pack_backward)(Cell, int64_t hidden_size, int64_t columns, bool hidden, const void* weight, bool floats, void* packed,
-                        int threads);
+  void (*pack_backward)(Cell, int64_t hidden_size, int64_t columns, bool hidden, const void* weight, bool floats,
+                        void* packed, int threads);
   // Of `size` 32-bit words.
   uint64_t (*checksum)(const float* data, int64_t size, int threads);
 

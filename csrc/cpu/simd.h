@@ -2,8 +2,8 @@
 // instruction set, which defines FASTRNN_LANES; everything is in an anonymous namespace so that no function compiled
 // for one instruction set can be linked in for another.
 //
-// With FASTRNN_BF16 the data of a call (x, y, weights, their gradients' operands) are bfloat16, and states, sums and the
-// pointwise part are float all the same.
+// With FASTRNN_BF16 the data of a call (x, y, weights, their gradients' operands) are bfloat16, and states, sums and
+// the pointwise part are float all the same.
 #pragma once
 
 #if defined(__x86_64__)
@@ -66,8 +66,8 @@ inline __attribute__((always_inline)) Vec at_least(float limit, Vec x) {
 #endif
 }
 
-// Element: what a tensor of data holds. Word: what a matrix product multiplies at once, kPerWord elements that are neighbours
-// along the summed dimension.
+// Element: what a tensor of data holds. Word: what a matrix product multiplies at once, kPerWord elements that are
+// neighbours along the summed dimension.
 #ifdef FASTRNN_BF16
 typedef uint16_t Element;
 typedef int32_t Word;
@@ -80,7 +80,9 @@ inline __attribute__((always_inline)) Vec load(const Element* p) {
 }
 
 // To the nearest bfloat16, ties to even.
-inline __attribute__((always_inline)) __m256i rounded(Vec v) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v)); }
+inline __attribute__((always_inline)) __m256i rounded(Vec v) {
+  return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v));
+}
 
 inline __attribute__((always_inline)) void store(Element* p, Vec v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), rounded(v));
@@ -116,7 +118,9 @@ inline __attribute__((always_inline)) Words pair(Vec first, Vec second) {
 
 inline __attribute__((always_inline)) Words load(const Word* p) { return *reinterpret_cast<const WordsUnaligned*>(p); }
 inline __attribute__((always_inline)) void store(Word* p, Words v) { *reinterpret_cast<WordsUnaligned*>(p) = v; }
-inline __attribute__((always_inline)) Words splat(Word value) { return reinterpret_cast<Words>(_mm512_set1_epi32(value)); }
+inline __attribute__((always_inline)) Words splat(Word value) {
+  return reinterpret_cast<Words>(_mm512_set1_epi32(value));
+}
 
 inline __attribute__((always_inline)) Vec multiply_add(Words a, Words b, Vec sum) {
   return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
@@ -159,8 +163,9 @@ inline __attribute__((always_inline)) Vec sigmoid(Vec x) {
   return 1.0f / (e.scale * e.remainder + (e.scale + 1.0f));
 }
 
-// By expm1, so that small arguments keep their relative accuracy: with m = exp(2|x|) - 1, tanh |x| = m / (m + 2), and for
-// large ones 1 - 2 / (m + 2), where the rounding of m + 2 would cost an ulp that 1 - tanh^2 of the gradient magnifies.
+// By expm1, so that small arguments keep their relative accuracy: with m = exp(2|x|) - 1, tanh |x| = m / (m + 2), and
+// for large ones 1 - 2 / (m + 2), where the rounding of m + 2 would cost an ulp that 1 - tanh^2 of the gradient
+// magnifies.
 inline __attribute__((always_inline)) Vec tanh(Vec x) {
   const VecInt sign = bits(x) & static_cast<int32_t>(0x80000000u);
   const Vec y = from_bits(bits(x) ^ sign);

@@ -1,5 +1,5 @@
-// One time step straight from torch's weight layout, [G*H, columns]: nothing is packed or cached. Forward, each output is
-// the dot product of two rows; its sum has one order, whatever the batch. Backward, dG W runs along the rows of W.
+// One time step straight from torch's weight layout, [G*H, columns]: nothing is packed or cached. Forward, each output
+// is the dot product of two rows; its sum has one order, whatever the batch. Backward, dG W runs along the rows of W.
 #pragma once
 
 #include "cpu/backward.h"
@@ -35,10 +35,9 @@ inline __attribute__((always_inline)) Vec dot_rows(const float* weight, int64_t 
 }
 
 inline int64_t step_slots(const Problem& problem, int threads) {
-  const double flops = 2.0 * gate_count(problem.cell) * problem.batch * problem.hidden_size *
-                       (problem.hidden_size + problem.input_size);
-  return larger(1, smaller(smaller(threads, ceil_div(problem.hidden_size, kLanes)),
-                           static_cast<int64_t>(flops / 1e6)));
+  const double flops =
+      2.0 * gate_count(problem.cell) * problem.batch * problem.hidden_size * (problem.hidden_size + problem.input_size);
+  return larger(1, smaller(smaller(threads, ceil_div(problem.hidden_size, kLanes)), static_cast<int64_t>(flops / 1e6)));
 }
 
 template <Cell cell>
@@ -49,9 +48,8 @@ void step_units(const Problem& problem, const StepArgs& args, int64_t unit, floa
   for (int64_t b0 = 0; b0 < problem.batch; b0 += kDotRows) {
     const int64_t rows = smaller(kDotRows, problem.batch - b0);
     // pre[row][source][gate]: the parts that come from x and from h.
-    auto at = [&](int64_t row, int source, int gate) __attribute__((always_inline)) {
-      return pre + ((row * 2 + source) * kGates + gate) * kLanes;
-    };
+    auto at = [&](int64_t row, int source, int gate)
+                  __attribute__((always_inline)) { return pre + ((row * 2 + source) * kGates + gate) * kLanes; };
     auto multiply = [&](int source, const float* weight, int64_t columns, const float* a, int64_t lda) {
       for (int gate = 0; gate < kGates; ++gate)
         for (int64_t k = 0; k < columns; k += kDotDepth)
@@ -75,9 +73,8 @@ void step_units(const Problem& problem, const StepArgs& args, int64_t unit, floa
       auto bias = [&](const float* values, int gate) __attribute__((always_inline)) {
         return values ? load(values + gate * hidden + unit, count) : Vec{};
       };
-      auto x_part = [&](int gate) __attribute__((always_inline)) {
-        return load(at(row, 0, gate)) + bias(args.bias_ih, gate);
-      };
+      auto x_part = [&](int gate)
+                        __attribute__((always_inline)) { return load(at(row, 0, gate)) + bias(args.bias_ih, gate); };
       auto h_part = [&](int gate) __attribute__((always_inline)) {
         return (args.h0 ? load(at(row, 1, gate)) : Vec{}) + bias(args.bias_hh, gate);
       };
@@ -132,8 +129,8 @@ inline void multiply_rows(int64_t rows, int64_t k_size, const float* a, int64_t 
   int64_t n = begin;
   if (rows == 1)
     for (; n + 4 * kColumns <= end; n += 4 * kColumns)
-      tile_call<1, 2, 4, false>(k_size, a, lda, weight + n, columns, kColumns, resume(accumulate, out + n, ldo), out + n,
-                                ldo, kColumns, nothing_ahead(weight));
+      tile_call<1, 2, 4, false>(k_size, a, lda, weight + n, columns, kColumns, resume(accumulate, out + n, ldo),
+                                out + n, ldo, kColumns, nothing_ahead(weight));
   const RowTiles tiles(rows, max_rows<2>());
   for (; n + kColumns <= end; n += kColumns)
     for (int64_t i = 0; i < tiles.count; ++i) {
@@ -177,9 +174,8 @@ void step_gradients(const Problem& problem, const StepBackwardArgs& args, int64_
   const int64_t hidden = problem.hidden_size, count = hidden - unit, vectors = ceil_div(hidden, kLanes);
   for (int64_t b = 0; b < problem.batch; ++b) {
     const int64_t at = b * hidden + unit;
-    auto optional = [&](const float* from) __attribute__((always_inline)) {
-      return from ? load(from + at, count) : Vec{};
-    };
+    auto optional = [&](const float* from)
+                        __attribute__((always_inline)) { return from ? load(from + at, count) : Vec{}; };
     const float* saved = args.saved + (b * vectors + unit / kLanes) * (saved_count(cell) * kLanes);
     float* out = gradients + b * stride + unit;
     Vec dh = optional(args.dh);

@@ -19,8 +19,8 @@ double now_seconds();
 
 constexpr int64_t kMaxSlots = 128;
 
-// All slots of a team wait for each other. Each has a line of its own to raise and reads the others': one transfer between
-// cores, where a shared counter takes two.
+// All slots of a team wait for each other. Each has a line of its own to raise and reads the others': one transfer
+// between cores, where a shared counter takes two.
 class Barrier {
  public:
   explicit Barrier(int64_t slots);

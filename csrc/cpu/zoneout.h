@@ -13,7 +13,8 @@ class Zoneout {
       : probability_(problem.zoneout),
         random_(problem.zoneout_random),
         seed_(problem.zoneout_seed),
-        mask_(problem.zoneout, random_ ? (problem.hidden_size > problem.output_size ? problem.hidden_size : problem.output_size) : 0) {}
+        mask_(problem.zoneout,
+              random_ ? (problem.hidden_size > problem.output_size ? problem.hidden_size : problem.output_size) : 0) {}
 
   bool used() const { return probability_ > 0; }
 
@@ -40,9 +41,7 @@ class Zoneout {
     }
   };
 
-  Row row(uint32_t stream, int64_t t, int64_t b) const {
-    return {*this, random_ ? row_key(seed_, stream, t, b) : 0};
-  }
+  Row row(uint32_t stream, int64_t t, int64_t b) const { return {*this, random_ ? row_key(seed_, stream, t, b) : 0}; }
 
  private:
   const float probability_;
