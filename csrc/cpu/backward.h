@@ -370,8 +370,7 @@ class Backward {
       return reinterpret_cast<Word*>(f.dh_.data()) + row * f.dh_stride_;
     }
 
-    // With a projection: dh of step s, complete before any thread takes dh W_hr; and dh0 of rows that began at step s
-    // + 1.
+    // With a projection: dh of step s, complete before any thread takes dh W_hr; dh0 of rows that began at step s + 1.
     void project_gradient(int64_t s, const Word* next, int64_t base) const {
       const int64_t from = r0, coming = smaller(r1, active_at(s + 1)), now = smaller(r1, active_at(s));
       const int64_t last = larger(coming, now);
@@ -502,18 +501,18 @@ class Backward {
           Vec dh_old = {};  // what goes to h_{t-1} past the product with W_hh
           if (zoneout_h) f.zoneout_.row(0, t, b).split(unit, dh, dh, dh_old);
           if constexpr (kLstm) {
-            LstmGates<Vec> gates{load(saved), load(saved + kLanes), load(saved + 2 * kLanes), load(saved + 3 * kLanes)};
             if (args.dc_all)
               dc += load(args.dc_all + args.dc_all_rows.offset[t] + b * args.dc_all_rows.stride + unit, count);
             Vec dc_old = {};
             if (f.zoneout_.used()) f.zoneout_.row(1, t, b).split(unit, dc, dc, dc_old);
-            const Vec c_previous = c_before(s, i, unit);
             if (f.norms()) {
               float* work = norm_work(i, unit);
               store(work, dh);
               store(work + kLanes, dc);
               store(work + 2 * kLanes, dc_old);  // lstm_normalized does the rest
             } else {
+              LstmGates<Vec> gates = lstm_gates(saved);
+              const Vec c_previous = c_before(s, i, unit);
               const Vec tanh_c = lstm_output_backward(gates, c_previous, dh, dc);
               gate_gradients(unit, gates, c_previous, tanh_c, dh, dc);
               store(out, gates.i, count);
@@ -585,6 +584,14 @@ class Backward {
     Vec parameter(const float* values, int gate, int64_t unit) const {
       return load(values + gate * problem.hidden_size + unit, problem.hidden_size - unit);
     }
+    // c_t as its layer norm hands it to tanh.
+    Vec normalized_c(int64_t s, int64_t i, int64_t unit) const {
+      return normal(s, i, unit, NormSaved<cell>::kState) * parameter(args.norm_c.weight, 0, unit) +
+             parameter(args.norm_c.bias, 0, unit);
+    }
+    static LstmGates<Vec> lstm_gates(const float* saved) {
+      return {load(saved), load(saved + kLanes), load(saved + 2 * kLanes), load(saved + 3 * kLanes)};
+    }
     void add_sums(int64_t index, int64_t unit, Vec values) const {
       double* to = parameter_sums(begin) + index * f.vectors_ * kLanes + unit;
       for (int lane = 0; lane < kLanes; ++lane) to[lane] += values[lane];
@@ -622,17 +629,13 @@ class Backward {
     void lstm_normalized(int64_t s) const {
       if constexpr (kLstm) {
         const int64_t now = smaller(r1, active_at(s)), t = time(s);
-        auto tanh_at = [&](int64_t i, int64_t unit) __attribute__((always_inline)) {
-          return tanh(normal(s, i, unit, NormSaved<cell>::kState) * parameter(args.norm_c.weight, 0, unit) +
-                      parameter(args.norm_c.bias, 0, unit));
-        };
         if (args.norm_c.weight) {
           for_units([&](int64_t unit) {
             const Vec weight = parameter(args.norm_c.weight, 0, unit);
             Vec dweight = {}, dbias = {};
             for (int64_t i = r0; i < now; ++i) {
               float* work = norm_work(i, unit);
-              const Vec tanh_c = tanh_at(i, unit), x = normal(s, i, unit, NormSaved<cell>::kState);
+              const Vec tanh_c = tanh(normalized_c(s, i, unit)), x = normal(s, i, unit, NormSaved<cell>::kState);
               const Vec dn = load(work) * load(saved_at(t, i, unit) + 3 * kLanes) * (1.0f - tanh_c * tanh_c);
               store(work + 3 * kLanes, dn);
               f.parts_c_.put(i, 0, unit, sum(weight * dn), sum(weight * dn * x));
@@ -649,16 +652,15 @@ class Backward {
           const auto means = args.norm_c.weight ? f.parts_c_.means(i, 0, 1) : RowParts::Means{};
           for_units([&](int64_t unit) {
             float* work = norm_work(i, unit);
-            const float* saved = saved_at(t, i, unit);
             const Vec dh = load(work), c_previous = c_before(s, i, unit);
             Vec dc = load(work + kLanes);
-            LstmGates<Vec> gates{load(saved), load(saved + kLanes), load(saved + 2 * kLanes), load(saved + 3 * kLanes)};
+            LstmGates<Vec> gates = lstm_gates(saved_at(t, i, unit));
             Vec tanh_c;
             if (args.norm_c.weight) {
               dc += slope(s, i, NormSaved<cell>::kStateDeviation, 1) *
                     (parameter(args.norm_c.weight, 0, unit) * load(work + 3 * kLanes) - means.first -
                      normal(s, i, unit, NormSaved<cell>::kState) * means.second);
-              tanh_c = tanh_at(i, unit);
+              tanh_c = tanh(normalized_c(s, i, unit));
             } else {
               tanh_c = lstm_output_backward(gates, c_previous, dh, dc);
             }
@@ -675,7 +677,6 @@ class Backward {
 
     // Where norm_work_ has the gradient that reaches a gate from W_hh h.
     static constexpr int hidden_value(int gate) { return cell == Cell::gru && gate == 2 ? 3 : gate; }
-    static constexpr int group_of(int gate) { return is_gru(cell) && gate == 2; }
 
     // The sums that the norms' gradients need, of the groups that the masks name, and those of their parameters.
     void measure_gradients(int64_t s, int hidden, int input) const {
@@ -688,20 +689,20 @@ class Backward {
           for (int64_t i = r0; i < now; ++i) {
             Vec first[2] = {}, second[2] = {};
             for (int gate = 0; gate < kGates; ++gate) {
-              if (!(groups >> group_of(gate) & 1)) continue;
+              if (!(groups >> group_of<cell>(gate) & 1)) continue;
               const Vec dy = load(norm_work(i, unit) + (of_input ? gate : hidden_value(gate)) * kLanes);
               dbias[gate] += dy;
               if (!norm.weight) continue;
               const Vec x = normal(s, i, unit, first_value + gate), weighted = parameter(norm.weight, gate, unit) * dy;
               dweight[gate] += dy * x;
-              first[group_of(gate)] += weighted;
-              second[group_of(gate)] += weighted * x;
+              first[group_of<cell>(gate)] += weighted;
+              second[group_of<cell>(gate)] += weighted * x;
             }
             for (int group = 0; norm.weight && group < kGroups; ++group)
               if (groups >> group & 1) parts.put(i, group, unit, sum(first[group]), sum(second[group]));
           }
           for (int gate = 0; gate < kGates; ++gate) {
-            if (!(groups >> group_of(gate) & 1)) continue;
+            if (!(groups >> group_of<cell>(gate) & 1)) continue;
             add_sums(first_sum + gate, unit, dweight[gate]);
             add_sums(first_sum + kGates + gate, unit, dbias[gate]);
           }
@@ -834,12 +835,9 @@ class Backward {
     // o * tanh(c), which a projection multiplies.
     Vec unprojected(int64_t s, int64_t i, int64_t unit) const {
       if constexpr (kLstm) {
-        const float* saved = saved_at(time(s), i, unit);
-        Vec c = load(saved + kLanes) * c_before(s, i, unit) + load(saved) * load(saved + 2 * kLanes);
-        if (args.norm_c.weight)
-          c = normal(s, i, unit, NormSaved<cell>::kState) * parameter(args.norm_c.weight, 0, unit) +
-              parameter(args.norm_c.bias, 0, unit);
-        return lstm_output(load(saved + 3 * kLanes), c);
+        const LstmGates<Vec> gates = lstm_gates(saved_at(time(s), i, unit));
+        return lstm_output(gates.o, args.norm_c.weight ? normalized_c(s, i, unit)
+                                                       : gates.f * c_before(s, i, unit) + gates.i * gates.g);
       }
       return Vec{};
     }

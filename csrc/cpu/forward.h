@@ -373,14 +373,12 @@ class Forward {
           const int64_t unit = p * P::kUnits + vector * kLanes;
           if (unit >= problem.hidden_size) break;
           const float* from = block + (p - p0) * rows * width + (kFirst - origin) * P::kUnits + vector * kLanes;
-          parts.measure<kCount>(first_row, rows, group_of(kFirst), unit,
+          parts.measure<kCount>(first_row, rows, group_of<cell>(kFirst), unit,
                                 [&](int64_t i, int gate) __attribute__((always_inline)) {
                                   return load(from + i * width + gate * P::kUnits);
                                 });
         }
     }
-
-    static constexpr int group_of(int gate) { return is_gru(cell) && gate == 2; }
 
     // The same block normalised, in place; number(i) says which of all rows row i is.
     template <int kFirst, int kCount, class Number>
@@ -388,8 +386,8 @@ class Forward {
                    int64_t width, int origin, Number number, int saved_value) const {
       RowParts::Scale scales[kChunkRows];
       for (int64_t i = 0; i < rows; ++i) {
-        scales[i] = parts.scale(first_row + i, group_of(kFirst), kCount);
-        save_deviation(number(i), saved_value / gate_count(cell) * kGroups + group_of(kFirst), scales[i].rstd);
+        scales[i] = parts.scale(first_row + i, group_of<cell>(kFirst), kCount);
+        save_deviation(number(i), saved_value / gate_count(cell) * kGroups + group_of<cell>(kFirst), scales[i].rstd);
       }
       for (int64_t p = p0; p < p1; ++p)
         for (int gate = kFirst; gate < kFirst + kCount; ++gate)

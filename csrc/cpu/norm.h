@@ -26,6 +26,12 @@ constexpr Group norm_group(int index) {
   return index == 0 ? Group{0, 2} : Group{2, 1};
 }
 
+// The group that a gate belongs to.
+template <Cell cell>
+constexpr int group_of(int gate) {
+  return is_gru(cell) && gate == 2;
+}
+
 inline __attribute__((always_inline)) float sum(Vec v) {
 #pragma GCC unroll 4
   for (int d = kLanes / 2; d > 0; d /= 2) {

@@ -13,8 +13,7 @@ class Zoneout {
       : probability_(problem.zoneout),
         random_(problem.zoneout_random),
         seed_(problem.zoneout_seed),
-        mask_(problem.zoneout,
-              random_ ? (problem.hidden_size > problem.output_size ? problem.hidden_size : problem.output_size) : 0) {}
+        mask_(problem.zoneout, random_ ? larger(problem.hidden_size, problem.output_size) : 0) {}
 
   bool used() const { return probability_ > 0; }
 

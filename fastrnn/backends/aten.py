@@ -5,6 +5,7 @@ from torch import _VF, Tensor
 
 from fastrnn.backends.call import RecurrenceCall
 from fastrnn.backends.reference import Result
+from fastrnn.reference import CELLS
 
 
 def reasons_against(call: RecurrenceCall) -> list[str]:
@@ -20,7 +21,7 @@ def reasons_against(call: RecurrenceCall) -> list[str]:
 
 
 def run(call: RecurrenceCall) -> Result:
-    hidden = call.weight_hh.shape[0] // {"lstm": 4, "gru": 3}.get(call.cell, 1)
+    hidden = call.weight_hh.shape[0] // CELLS[call.cell].gates
     batch = call.x.shape[1] if call.batch_sizes is None else int(call.batch_sizes[0])
     h0 = call.x.new_zeros(batch, call.weight_hh.shape[1]) if call.h0 is None else call.h0
     c0 = call.x.new_zeros(batch, hidden) if call.c0 is None else call.c0

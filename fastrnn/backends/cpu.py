@@ -13,11 +13,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from fastrnn.backends import native
 from fastrnn.backends.call import RecurrenceCall
-from fastrnn.reference import keep_scale
+from fastrnn.reference import CELLS, keep_scale
 
 CELL_INDEX = {"rnn_tanh": 0, "rnn_relu": 1, "lstm": 2, "gru": 3, "gru_reset_before": 4}
 
-_GATES = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 3, "gru_reset_before": 3}
+_GATES = {cell: CELLS[cell.removesuffix("_reset_before")].gates for cell in CELL_INDEX}
 
 # State and sums are float32 for all of them. Data in bfloat16 have kernels of their own where the CPU multiplies it;
 # elsewhere, and for float16, they are converted and computed in float32.
@@ -289,8 +289,8 @@ def forward(
     y = new_like_rows(x, outputs)
     h_n = x.new_empty(batch, outputs, dtype=torch.float32)
     c_n = x.new_empty((batch, hidden) if lstm else 0, dtype=torch.float32)
-    weight_hr = parameters[7]
-    parameters = [_state(parameter) for parameter in parameters]
+    *others, weight_hr = parameters
+    others = [_state(parameter) for parameter in others]
     sizes = library.saved_sizes(CELL_INDEX[cell], rows, hidden, expected, _has_norms(parameters))
     saved = workspace(x, (sum(sizes) if save else 0,))
     if lstm and cell_states:
@@ -330,7 +330,7 @@ def forward(
         _address(saved) if save and sizes[0] else 0,
         _address(c_all) if c_all.numel() else 0,
         _time_strides(c_all) if c_all.numel() else (0, 0),
-        [*map(_address, parameters[:7])],
+        [*map(_address, others)],
         saved.data_ptr() + 4 * sizes[0] if save and sizes[1] else 0,
         threads,
     )
@@ -376,8 +376,8 @@ def backward(
     lstm = cell == "lstm"
     x = _with_unit_stride(x)
     batch = _batch(x, batch_sizes)
-    weight_hr = parameters[7]
-    parameters = [_state(parameter) for parameter in parameters]
+    *others, weight_hr = parameters
+    others = [_state(parameter) for parameter in others]
     gradients = _new_gradients(x, weight_hh, hidden, batch, needs, torch.float32, torch.float32)
     if batch == 0:
         zeros = tuple(x.new_empty(0) if gradient is None else gradient.zero_() for gradient in gradients)
@@ -440,7 +440,7 @@ def backward(
             _address(dx),
             (0, 0) if dx is None else _time_strides(dx),
             *map(_address, (*gradients[1:3], gradients[14], *gradients[3:7])),
-            [*map(_address, parameters[:7])],
+            [*map(_address, others)],
             saved.data_ptr() + 4 * sizes[0] if sizes[1] else 0,
             [*map(_address, gradients[7:14])],
             threads,
