@@ -8,12 +8,15 @@
 #include <memory>
 #include <numeric>
 #include <optional>
+#include <stdexcept>
+#include <vector>
 
 #include "build_info.h"
 #include "cpu/dispatch.h"
 #include "cpu/memory.h"
 #include "cpu/threads.h"
 #include "cuda/device_query.h"
+#include "cuda/recurrence.h"
 
 namespace py = pybind11;
 using namespace fastrnn;
@@ -277,12 +280,158 @@ void step_backward(int cell, int64_t batch, int64_t input_size, int64_t hidden_s
   kernels().step_backward(step_problem(cell, batch, input_size, hidden_size), args, team_size(threads));
 }
 
+// The calls of csrc/cuda are filled field by field; addresses are integers, as everywhere here.
+template <class Call>
+class Fields {
+ public:
+  Fields(py::module_& m, const char* name) : bound_(m, name) { bound_.def(py::init<>()); }
+
+  template <class T>
+  Fields& address(const char* name, T* Call::* field) {
+    bound_.def_property(
+        name, [field](const Call& call) { return reinterpret_cast<uintptr_t>(call.*field); },
+        [field](Call& call, uintptr_t address) { call.*field = pointer<T>(address); });
+    return *this;
+  }
+  Fields& norm(const char* name, cuda::Norm Call::* field) {
+    return set<std::array<uintptr_t, 2>>(name, [field](Call& call, const std::array<uintptr_t, 2>& norm) {
+      call.*field = {pointer<const float>(norm[0]), pointer<const float>(norm[1])};
+    });
+  }
+  Fields& rows(const char* name, cuda::Sequence Call::* field) {
+    return set<Strides>(name, [field](Call& call, Strides strides) { call.*field = {strides.first, strides.second}; });
+  }
+  template <class Value, class Set>
+  Fields& set(const char* name, Set set) {
+    bound_.def_property(name, nullptr, py::cpp_function(set, py::is_method(bound_)));
+    return *this;
+  }
+  template <class Field>
+  Fields& value(const char* name, Field Call::* field) {
+    bound_.def_readwrite(name, field);
+    return *this;
+  }
+
+ private:
+  py::class_<Call> bound_;
+};
+
+void bind_cuda(py::module_& m) {
+  using cuda::Backward, cuda::Forward, cuda::Problem;
+  Fields<Problem>(m, "CudaProblem")
+      .set<int>("cell", [](Problem& problem, int cell) { problem.cell = static_cast<Cell>(cell); })
+      .set<int>("math", [](Problem& problem, int math) { problem.math = static_cast<cuda::Math>(math); })
+      .value("reverse", &Problem::reverse)
+      .value("steps", &Problem::steps)
+      .value("batch", &Problem::batch)
+      .value("hidden_size", &Problem::hidden_size)
+      .value("rows", &Problem::rows)
+      .address("row_starts", &Problem::row_starts)
+      .address("lengths", &Problem::lengths)
+      .address("resets", &Problem::resets)
+      .rows("reset_strides", &Problem::reset_strides)
+      .value("zoneout", &Problem::zoneout)
+      .value("zoneout_random", &Problem::zoneout_random)
+      .value("zoneout_seed", &Problem::zoneout_seed)
+      .address("recurrent_mask", &Problem::recurrent_mask)
+      .norm("norm_hh", &Problem::norm_hh)
+      .norm("norm_c", &Problem::norm_c)
+      .address("peephole", &Problem::peephole);
+  Fields<Forward>(m, "CudaForward")
+      .value("problem", &Forward::problem)
+      .address("gates_x", &Forward::gates_x)
+      .rows("gates_x_rows", &Forward::gates_x_rows)
+      .address("weight_hh", &Forward::weight_hh)
+      .address("bias_hh", &Forward::bias_hh)
+      .address("h0", &Forward::h0)
+      .address("c0", &Forward::c0)
+      .address("y", &Forward::y)
+      .rows("y_rows", &Forward::y_rows)
+      .address("h_n", &Forward::h_n)
+      .address("c_n", &Forward::c_n)
+      .address("packed_weight", &Forward::packed_weight)
+      .address("h_in", &Forward::h_in)
+      .address("rh", &Forward::rh)
+      .address("stats", &Forward::stats)
+      .address("saved", &Forward::saved)
+      .address("c_all", &Forward::c_all)
+      .rows("c_rows", &Forward::c_rows)
+      .address("norm_saved", &Forward::norm_saved)
+      .address("deviations", &Forward::deviations);
+  Fields<Backward>(m, "CudaBackward")
+      .value("problem", &Backward::problem)
+      .address("dy", &Backward::dy)
+      .rows("dy_rows", &Backward::dy_rows)
+      .address("dh_n", &Backward::dh_n)
+      .address("dc_n", &Backward::dc_n)
+      .address("dc_all", &Backward::dc_all)
+      .rows("dc_all_rows", &Backward::dc_all_rows)
+      .address("weight_hh", &Backward::weight_hh)
+      .address("h0", &Backward::h0)
+      .address("c0", &Backward::c0)
+      .address("y", &Backward::y)
+      .rows("y_rows", &Backward::y_rows)
+      .address("saved", &Backward::saved)
+      .address("c_all", &Backward::c_all)
+      .rows("c_rows", &Backward::c_rows)
+      .address("norm_saved", &Backward::norm_saved)
+      .address("deviations", &Backward::deviations)
+      .address("packed_weight", &Backward::packed_weight)
+      .address("dproduct", &Backward::dproduct)
+      .address("stats", &Backward::stats)
+      .address("dgates_x", &Backward::dgates_x)
+      .rows("dgates_x_rows", &Backward::dgates_x_rows)
+      .address("dh0", &Backward::dh0)
+      .address("dc0", &Backward::dc0)
+      .address("sums", &Backward::sums);
+
+  const auto check = [](const char* error) {
+    if (error) throw std::runtime_error(error);
+  };
+  // One or two directions, the tile (unit groups, rows), the stream.
+  m.def("cuda_forward", [check](const std::vector<Forward>& directions, std::pair<int, int> tile, uintptr_t stream) {
+    check(cuda::recurrence_forward(directions.data(), static_cast<int>(directions.size()), {tile.first, tile.second},
+                                   pointer<void>(stream)));
+  });
+  m.def("cuda_backward", [check](const std::vector<Backward>& directions, std::pair<int, int> tile, uintptr_t stream) {
+    check(cuda::recurrence_backward(directions.data(), static_cast<int>(directions.size()), {tile.first, tile.second},
+                                    pointer<void>(stream)));
+  });
+  // Multiprocessors, bytes of shared memory of a block, and 90 for sm_90, of the current device.
+  m.def("cuda_limits", [check] {
+    cuda::DeviceLimits found;
+    check(cuda::device_limits(found));
+    return std::make_tuple(found.multiprocessors, found.shared_bytes, found.capability);
+  });
+  m.def("cuda_packed_bytes", [](int cell, int math, int64_t hidden_size) {
+    return cuda::packed_bytes(static_cast<Cell>(cell), static_cast<cuda::Math>(math), hidden_size);
+  });
+  m.def("cuda_stats_bytes", [](int64_t steps, int64_t batch, int64_t hidden_size, std::pair<int, int> tile) {
+    return cuda::stats_bytes(steps, batch, hidden_size, {tile.first, tile.second});
+  });
+  m.def("cuda_padded_size", &cuda::padded_size);
+  m.def("cuda_saved_slots", [](int cell) { return cuda::saved_slots(static_cast<Cell>(cell)); });
+  m.def("cuda_gradient_sums", [](int cell, bool norm_hh, bool norm_c, bool peephole) {
+    return cuda::gradient_sums(static_cast<Cell>(cell), norm_hh, norm_c, peephole);
+  });
+  // Blocks that one direction and one group of rows need, blocks that the current device holds at once, bytes of shared
+  // memory, and bytes of weights that each block reads from L2 at every step.
+  m.def("cuda_fit", [check](int cell, int math, int64_t hidden_size, std::pair<int, int> tile, bool backward) {
+    cuda::Fit fit;
+    check(cuda::recurrence_fit(static_cast<Cell>(cell), static_cast<cuda::Math>(math), hidden_size,
+                               {tile.first, tile.second}, backward, fit));
+    return std::make_tuple(fit.blocks_needed, fit.blocks_at_once, fit.shared_bytes, fit.streamed_bytes);
+  });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info);
   m.def("cuda_device_count", &cuda_device_count);
   m.def("cuda_status", &cuda_status);
+  m.def("cuda_device_type", &cuda_device_type);
+  bind_cuda(m);
 
   m.def("set_parallel_for", [](uintptr_t function) { set_parallel_for(reinterpret_cast<ParallelFor>(function)); });
   m.def("cpu_isa", [] { return kernels().isa; });

@@ -1,6 +1,5 @@
 #include "cuda/device_query.h"
-
-#include <cuda_runtime.h>
+#include "cuda/launch.h"
 
 namespace fastrnn {
 namespace {
@@ -12,19 +11,17 @@ struct Query {
 
 Query query() {
   int devices = 0;
-  const cudaError_t error = cudaGetDeviceCount(&devices);
-  if (error != cudaSuccess) {
-    cudaGetLastError();  // clear it: the next launch would report it as its own
-    return {0, cudaGetErrorString(error)};
-  }
+  if (const char* error = cuda::device_count(devices)) return {0, error};
   Query result;
   for (int device = 0; device < devices; ++device) {
-    int major = 0;
-    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-    result.usable += major >= 8;  // sm_80 is the oldest image in the binary
+    int capability = 0;
+    if (const char* error = cuda::capability(device, capability)) return {0, error};
+    result.usable += capability >= 80;  // sm_80 is the oldest image in the binary
   }
-  if (devices == 0) result.status = "no CUDA device";
-  else if (result.usable == 0) result.status = "no device of compute capability 8.0 or later";
+  if (devices == 0)
+    result.status = "no CUDA device";
+  else if (result.usable == 0)
+    result.status = "no device of compute capability 8.0 or later";
   return result;
 }
 
@@ -33,5 +30,13 @@ Query query() {
 int cuda_device_count() { return query().usable; }
 
 const char* cuda_status() { return query().status; }
+
+const char* cuda_device_type() {
+#ifdef FASTRNN_CUDA_EMULATED
+  return "cpu";
+#else
+  return "cuda";
+#endif
+}
 
 }  // namespace fastrnn

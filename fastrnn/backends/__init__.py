@@ -9,12 +9,12 @@ from types import ModuleType
 
 import torch
 
-from fastrnn.backends import aten, cpu, reference
+from fastrnn.backends import aten, cpu, cuda, reference, triton
 from fastrnn.backends.call import Norm, RecurrenceCall
 
 __all__ = ["NAMES", "Choice", "Norm", "RecurrenceCall", "choose", "recorded_choices", "recording", "transforming"]
 
-_MODULES: dict[str, ModuleType] = {"cpu": cpu, "aten": aten, "reference": reference}
+_MODULES: dict[str, ModuleType] = {"cpu": cpu, "cuda": cuda, "triton": triton, "aten": aten, "reference": reference}
 
 # In the order in which "auto" prefers them. The kernels come before torch's operators wherever both compute the same:
 # bench/results has the measurements.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 Norm = tuple[Tensor, Tensor]  # weight and bias
@@ -98,3 +99,31 @@ class RecurrenceCall:
             "return_cell_states": self.return_cell_states,
         }
         return [name for name, used in given.items() if used]
+
+    def reasons_against_kernels(self) -> list[str]:
+        """What no native kernel can compute, whatever the device and dtype."""
+        reasons = []
+        # While a graph is traced, or another dispatch mode is on, fake tensors stand in for plain ones.
+        any_type = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+        for name, tensor in self.tensors().items():
+            if tensor.layout is not torch.strided:
+                reasons.append(f"{name} has layout {tensor.layout}, not torch.strided")
+            if not (any_type or is_plain(type(tensor))):
+                reasons.append(f"{name} is a {type(tensor).__name__}, which only torch's own operators understand")
+        if torch._C._get_tracing_state() is not None:
+            reasons.append("torch.jit.trace is at work, which records torch's own operators only")
+        if self.recurrent_mask is not None and self.recurrent_mask.requires_grad:
+            reasons.append("no kernel for the gradient of recurrent_mask")
+        if self.weight_hh.shape[0] == 0:
+            reasons.append("hidden size 0")
+        if self.x.shape[-1] == 0:
+            reasons.append("input size 0")
+        return reasons
+
+
+def is_plain(cls: type[Tensor]) -> bool:
+    """Whether tensors of this type are memory and no more."""
+    return cls in (Tensor, torch.nn.Parameter) or (
+        cls.__torch_function__ is torch._C._disabled_torch_function_impl
+        and cls.__torch_dispatch__ is torch._C._disabled_torch_dispatch_impl
+    )

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fastrnn.backends import native
-from fastrnn.backends.call import RecurrenceCall
+from fastrnn.backends.call import RecurrenceCall, is_plain
 from fastrnn.reference import CELLS, keep_scale
 
 CELL_INDEX = {"rnn_tanh": 0, "rnn_relu": 1, "lstm": 2, "gru": 3, "gru_reset_before": 4}
@@ -52,30 +52,8 @@ def reasons_against(call: RecurrenceCall) -> list[str]:
         reasons.append(f"the tensors are on {call.x.device}, not on the CPU")
     elif any(tensor.dtype not in DTYPES for tensor in call.tensors().values()):
         reasons.append(f"the tensors are {call.x.dtype}; the kernels are for {', '.join(map(str, DTYPES))}")
-    # While a graph is traced, or another dispatch mode is on, fake tensors stand in for plain ones.
-    any_type = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-    for name, tensor in call.tensors().items():
-        if tensor.layout is not torch.strided:
-            reasons.append(f"{name} has layout {tensor.layout}, not torch.strided")
-        if not (any_type or _is_plain(type(tensor))):
-            reasons.append(f"{name} is a {type(tensor).__name__}, which only torch's own operators understand")
-    if torch._C._get_tracing_state() is not None:
-        reasons.append("torch.jit.trace is at work, which records torch's own operators only")
     reasons += [f"no kernel for {option} yet" for option in call.options() if option not in KERNEL_OPTIONS]
-    if call.recurrent_mask is not None and call.recurrent_mask.requires_grad:
-        reasons.append("no kernel for the gradient of recurrent_mask")
-    if call.weight_hh.shape[0] == 0:
-        reasons.append("hidden size 0")
-    if call.x.shape[-1] == 0:
-        reasons.append("input size 0")
-    return reasons
-
-
-def _is_plain(cls: type[Tensor]) -> bool:
-    return cls in (Tensor, torch.nn.Parameter) or (
-        cls.__torch_function__ is torch._C._disabled_torch_function_impl
-        and cls.__torch_dispatch__ is torch._C._disabled_torch_dispatch_impl
-    )
+    return reasons + call.reasons_against_kernels()
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -560,7 +538,7 @@ def fake_backward(
 
 def has_dropout(x: Tensor) -> bool:
     """Whether `dropout` takes x."""
-    plain = x.layout is torch.strided and _is_plain(type(x))
+    plain = x.layout is torch.strided and is_plain(type(x))
     return native.load() is not None and x.is_cpu and plain and x.numel() > 0
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastrnn import backends
-from fastrnn.backends import Norm, RecurrenceCall, aten, cpu, reference
+from fastrnn.backends import Norm, RecurrenceCall, aten, cpu, gpu, reference
 from fastrnn.reference import CELLS
 
 Result = tuple[Tensor, Tensor, Tensor | None]
@@ -329,11 +329,16 @@ def run_on(call: RecurrenceCall, picked: str) -> tuple[Tensor, Tensor, Tensor | 
         return aten.run(call)
     if picked == "reference":
         return reference.run(call)
-    lengths = None if call.lengths is None else call.lengths.to("cpu", torch.int64).contiguous()
+    lengths = call.lengths
+    if lengths is not None:
+        # On a GPU they stay there, or go there, without the host waiting for it.
+        where = "cpu" if picked == "cpu" else call.x.device
+        lengths = lengths.to(where, torch.int64, non_blocking=picked != "cpu").contiguous()
     batch_sizes = None if call.batch_sizes is None else call.batch_sizes.contiguous()
     inputs = call.inputs()
-    if torch.is_autocast_enabled("cpu"):
-        inputs = _autocast(inputs)
+    device = call.x.device.type
+    if torch.is_autocast_enabled(device):
+        inputs = _autocast(inputs, torch.get_autocast_dtype(device))
     options = (
         lengths,
         batch_sizes,
@@ -345,9 +350,11 @@ def run_on(call: RecurrenceCall, picked: str) -> tuple[Tensor, Tensor, Tensor | 
     )
     cell = call.cell if call.reset_after else "gru_reset_before"
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs):
-        y, h_n, c_n, c_all = _Recurrence.apply(cell, call.return_cell_states, *inputs, *options)
+        y, h_n, c_n, c_all = _Recurrence.apply(picked, cell, call.return_cell_states, *inputs, *options)
     else:
-        y, h_n, c_n, _, c_all = _forward(cell, *inputs[:7], inputs[7:], *options, False, call.return_cell_states)
+        y, h_n, c_n, _, c_all = _forward(
+            picked, cell, *inputs[:7], inputs[7:], *options, False, call.return_cell_states
+        )
     lstm = call.cell == "lstm"
     cell_states = c_all.to(y.dtype) if lstm and call.return_cell_states else None
     if call.cell == "gru" and y.dtype != call.x.dtype:
@@ -357,10 +364,9 @@ def run_on(call: RecurrenceCall, picked: str) -> tuple[Tensor, Tensor, Tensor | 
     return y, h_n, c_n if lstm else None, cell_states
 
 
-def _autocast(inputs: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+def _autocast(inputs: tuple[Tensor | None, ...], dtype: torch.dtype) -> tuple[Tensor | None, ...]:
     """x, h0 and c0 in autocast's dtype. The weights stay as they are: the kernels round them when packing."""
     x, *weights, h0, c0 = inputs[:7]
-    dtype = torch.get_autocast_dtype("cpu")
     x, h0, c0 = (None if tensor is None else tensor.to(dtype) for tensor in (x, h0, c0))
     return (x, *weights, h0, c0, *inputs[7:])
 
@@ -371,11 +377,30 @@ def _use_registered_op() -> bool:
 
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return torch.ops.fastrnn.recurrence_forward(*args) if _use_registered_op() else cpu.forward(*args)
+    return torch.ops.fastrnn.recurrence_forward(*args) if _use_registered_op() else _launch_forward(*args)
 
 
 def _backward(*args: Any) -> tuple[Tensor, ...]:
-    return torch.ops.fastrnn.recurrence_backward(*args) if _use_registered_op() else cpu.backward(*args)
+    return torch.ops.fastrnn.recurrence_backward(*args) if _use_registered_op() else _launch_backward(*args)
+
+
+# The first argument is the back end's name: cpu's launchers are its own, those of gpu serve several.
+
+
+def _launch_forward(backend: str, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return cpu.forward(*args) if backend == "cpu" else gpu.forward(backend, *args)
+
+
+def _launch_backward(backend: str, *args: Any) -> tuple[Tensor, ...]:
+    return cpu.backward(*args) if backend == "cpu" else gpu.backward(backend, *args)
+
+
+def _fake_forward(backend: str, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return cpu.fake_forward(*args) if backend == "cpu" else gpu.fake_forward(backend, *args)
+
+
+def _fake_backward(backend: str, *args: Any) -> tuple[Tensor, ...]:
+    return cpu.fake_backward(*args) if backend == "cpu" else gpu.fake_backward(backend, *args)
 
 
 _INPUT_COUNT = 15  # of RecurrenceCall.inputs
@@ -383,12 +408,13 @@ _INPUT_COUNT = 15  # of RecurrenceCall.inputs
 
 class _Recurrence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, cell: str, cell_states: bool, *arguments: Any) -> tuple[Tensor | None, ...]:
+    def forward(ctx: Any, backend: str, cell: str, cell_states: bool, *arguments: Any) -> tuple[Tensor | None, ...]:
         inputs, options = arguments[:_INPUT_COUNT], arguments[_INPUT_COUNT:]
-        y, h_n, c_n, saved, c_all = _forward(cell, *inputs[:7], inputs[7:], *options, True, cell_states)
-        ctx.cell, ctx.scalars = cell, options[4:]
+        y, h_n, c_n, saved, c_all = _forward(backend, cell, *inputs[:7], inputs[7:], *options, True, cell_states)
+        ctx.backend, ctx.cell, ctx.scalars = backend, cell, options[4:]
         # A copy of y, so that the caller may work on y in place as with torch.nn (0.2 % of a training step).
-        kept = y.clone() if _use_registered_op() else cpu.workspace(y, y.shape, y.stride(), y.dtype).copy_(y)
+        pooled = backend == "cpu" and not _use_registered_op()
+        kept = cpu.workspace(y, y.shape, y.stride(), y.dtype).copy_(y) if pooled else y.clone()
         ctx.save_for_backward(*inputs, *options[:4], kept, saved, c_all)
         ctx.set_materialize_grads(False)
         if cell != "lstm":
@@ -398,7 +424,7 @@ class _Recurrence(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         *tensors, y, saved, c_all = ctx.saved_tensors
-        needs = ctx.needs_input_grad[2 : 2 + _INPUT_COUNT]
+        needs = ctx.needs_input_grad[3 : 3 + _INPUT_COUNT]
         if ctx.cell != "lstm":
             gradients = (*gradients[:2], None, None)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -408,9 +434,9 @@ class _Recurrence(torch.autograd.Function):
             parameters, options = tensors[7:_INPUT_COUNT], tensors[_INPUT_COUNT:]
             kept = (y, saved, c_all, list(needs))
             inputs = (x, weight_ih, weight_hh, h0, c0, parameters)
-            all_found = _backward(ctx.cell, *gradients, *inputs, *options, *ctx.scalars, *kept)
+            all_found = _backward(ctx.backend, ctx.cell, *gradients, *inputs, *options, *ctx.scalars, *kept)
             found = [gradient if need else None for gradient, need in zip(all_found, needs, strict=True)]
-        return None, None, *found, *[None] * 7
+        return None, None, None, *found, *[None] * 7
 
 
 def _differentiable_gradients(
@@ -466,19 +492,20 @@ _INPUTS = (
 )
 torch.library.define(
     "fastrnn::recurrence_forward",
-    "(str cell, "
+    "(str backend, str cell, "
     + _INPUTS.format("Tensor? bias_ih, Tensor? bias_hh, ")
     + "bool save, bool cell_states) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 torch.library.define(
     "fastrnn::recurrence_backward",
-    "(str cell, Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dc_all, "
+    "(str backend, str cell, Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dc_all, "
     + _INPUTS.format("")
     + "Tensor y, Tensor saved, Tensor c_all, bool[] needs) -> ("
     + ", ".join(["Tensor"] * _INPUT_COUNT)
     + ")",
 )
-torch.library.impl("fastrnn::recurrence_forward", "CPU", cpu.forward)
-torch.library.impl("fastrnn::recurrence_backward", "CPU", cpu.backward)
-torch.library.register_fake("fastrnn::recurrence_forward", cpu.fake_forward)
-torch.library.register_fake("fastrnn::recurrence_backward", cpu.fake_backward)
+for _device in ("CPU", "CUDA"):
+    torch.library.impl("fastrnn::recurrence_forward", _device, _launch_forward)
+    torch.library.impl("fastrnn::recurrence_backward", _device, _launch_backward)
+torch.library.register_fake("fastrnn::recurrence_forward", _fake_forward)
+torch.library.register_fake("fastrnn::recurrence_backward", _fake_backward)

@@ -410,7 +410,12 @@ def test_repr_shows_what_differs_from_torch() -> None:
         ("RNNCell", {"peephole": True}, TypeError, "peephole"),
         ("LSTM", {"reset_after": False}, TypeError, "reset_after"),
         ("LSTMCell", {"residual": True}, TypeError, "residual"),
-        ("GRU", {"backend": "cudnn"}, ValueError, "backend must be one of 'cpu', 'aten', 'reference', 'auto'"),
+        (
+            "GRU",
+            {"backend": "cudnn"},
+            ValueError,
+            "backend must be one of 'cpu', 'cuda', 'triton', 'aten', 'reference', 'auto'",
+        ),
     ],
     ids=str,
 )

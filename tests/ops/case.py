@@ -220,24 +220,38 @@ def using_isa(name: str) -> Iterator[None]:
         LIBRARY.use_cpu_isa(before)
 
 
-def assert_kernels_as_accurate(case: Case, isas: Sequence[str] = ISAS) -> None:
-    """Every output and gradient of the kernels, on every instruction set, is within the bound of tests/accuracy.py."""
+Runner = Callable[[RecurrenceCall, Mapping[str, Tensor], tuple[str, ...] | None], dict[str, Tensor]]
+
+
+def assert_results_as_accurate(case: Case, runners: Mapping[str, Runner], most_draws: int = 16) -> None:
+    """Every output and gradient that the runners give is within the bound of tests/accuracy.py."""
     draws = []
     # The largest error of few numbers is a matter of luck, so that small shapes are drawn several times; so is that of
     # rows that a layer norm with a small deviation magnifies.
     fewest = 4 if {"layer_norm", "layer_norm_c"} & set(case.options) else 1
-    for seed in range(max(fewest, min(16, 5000 // max(1, case.steps * case.batch * min(case.inputs, case.hidden))))):
+    size = case.steps * case.batch * min(case.inputs, case.hidden)
+    for seed in range(max(fewest, min(most_draws, 5000 // max(1, size)))):
         call, gradients = case.draw(seed)
         doubled = {name: gradient.double() for name, gradient in gradients.items()}
         exact = run(converted(call, torch.float64), "reference", doubled, case.needs)
         torchs = run(call, "reference", gradients, case.needs)
-        ours = {}
-        for isa in isas:
+        ours = {name: runner(call, gradients, case.needs) for name, runner in runners.items()}
+        draws.append((ours, dict.fromkeys(runners, torchs), dict.fromkeys(runners, exact)))
+    assert_as_accurate_over(draws)
+
+
+def assert_kernels_as_accurate(case: Case, isas: Sequence[str] = ISAS) -> None:
+    """The CPU kernels' results are, on every instruction set."""
+
+    def on(isa: str) -> Runner:
+        def runner(call: RecurrenceCall, gradients: Mapping[str, Tensor], needs: Any) -> dict[str, Tensor]:
             with using_isa(isa):
                 poison_scratch()
-                ours[isa] = run(call, "cpu", gradients, case.needs)
-        draws.append((ours, dict.fromkeys(isas, torchs), dict.fromkeys(isas, exact)))
-    assert_as_accurate_over(draws)
+                return run(call, "cpu", gradients, needs)
+
+        return runner
+
+    assert_results_as_accurate(case, {isa: on(isa) for isa in isas})
 
 
 def kernel_options(cell: str) -> tuple[str, ...]:

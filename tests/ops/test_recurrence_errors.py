@@ -76,7 +76,7 @@ WRONG_VALUES = [
     ({"reset_after": False}, "reset_after=False is for the cell 'gru', got cell 'lstm'"),
     ({"h0": ONE(B, H, device="meta")}, "h0 must be on the device of x, cpu, got meta"),
     ({"weight_hh": ONE(24, H).double()}, "weight_hh must have the dtype of x, torch.float32, got torch.float64"),
-    ({"backend": "cudnn"}, "backend must be one of 'cpu', 'aten', 'reference', 'auto', got 'cudnn'"),
+    ({"backend": "cudnn"}, "backend must be one of 'cpu', 'cuda', 'triton', 'aten', 'reference', 'auto', got 'cudnn'"),
 ]
 
 

@@ -1,0 +1,279 @@
+"""The back end `cuda`: the persistent recurrence of csrc/cuda, a whole sequence in one launch, weights on the chip."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastrnn.backends import gpu, native
+from fastrnn.backends.call import RecurrenceCall
+from fastrnn.backends.gpu import Kept, Layout, Loop, LoopGradients, OutputGradients, Results, like_rows, time_strides
+
+CELL_INDEX = {"rnn_tanh": 0, "rnn_relu": 1, "lstm": 2, "gru": 3, "gru_reset_before": 4}
+_ELEMENT_SIZE = {"float16": 2, "bfloat16": 2, "tf32": 4, "float32": 4}
+MATHS = tuple(_ELEMENT_SIZE)  # Math of csrc/cuda/recurrence.h, in its order
+
+ROW_TILE = 16
+UNIT_GROUP = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """The part of a layer that one block computes: groups of 8 hidden units, and rows of the batch."""
+
+    unit_groups: int  # 1, 2 or 4
+    rows: int  # a multiple of 16
+
+
+@dataclass(frozen=True, slots=True)
+class Chip:
+    """What of a GPU decides the choice of a tile."""
+
+    multiprocessors: int
+    shared_bytes: int  # that one block can have
+    exchange_rate: float = 5e12  # bytes per second that all blocks together read from L2
+    exchange_latency: float = 1e-6  # seconds from handing over a value to its arrival
+
+
+# Bytes of one block's shared memory that states and sums over time may take; weights get the rest.
+_STATE_BYTES = 48 * 1024
+# Bytes of weights that a block holds in its registers.
+_REGISTER_BYTES = 96 * 1024
+
+
+def pick(gates: int, math: str, hidden_size: int, batch: int, chip: Chip, states: int = 2) -> Tile | None:
+    """The tile with the least time per step by a model: exchange latency, bytes read from L2, rows one after another.
+
+    ``states``: floats that a block keeps of each row and unit. None: the hidden size is too large for all blocks to run
+    at once. The model's constants are estimates until a GPU has measured them (see docs/tuning.md).
+    """
+    padded = -(-hidden_size // 32) * 32
+    size = _ELEMENT_SIZE[math]
+    best: tuple[float, Tile] | None = None
+    for unit_groups in (1, 2, 4):
+        units = UNIT_GROUP * unit_groups
+        slices = padded // units
+        groups = min(chip.multiprocessors // slices, -(-batch // ROW_TILE))
+        if groups == 0:
+            continue
+        most = max(ROW_TILE, _STATE_BYTES // (4 * states * units) // ROW_TILE * ROW_TILE)
+        rows = min(most, -(-batch // (groups * ROW_TILE)) * ROW_TILE)
+        launches = -(-batch // (groups * rows))
+        weights = gates * units * padded * size
+        streamed = max(0, weights - _REGISTER_BYTES - (chip.shared_bytes - _STATE_BYTES))
+        tiles = min(rows, batch) / ROW_TILE
+        read = slices * groups * (min(rows, batch) * padded * size + tiles * streamed)
+        time = launches * (chip.exchange_latency * (1 + 0.25 * (tiles - 1)) + read / chip.exchange_rate)
+        if best is None or time < best[0]:
+            best = time, Tile(unit_groups, rows)
+    return None if best is None else best[1]
+
+
+def reasons_against(call: RecurrenceCall) -> list[str]:
+    library: Any = native.load()
+    if library is None:
+        return [f"the compiled extension is not available ({native.load_error()})"]
+    reasons = []
+    device = library.cuda_device_type()
+    if call.x.device.type != device:
+        reasons.append(f"the tensors are on {call.x.device}, not on a CUDA device")
+    elif any(tensor.dtype not in gpu.DTYPES for tensor in call.tensors().values()):
+        reasons.append(f"the tensors are {call.x.dtype}; the kernels are for {', '.join(map(str, gpu.DTYPES))}")
+    if call.weight_hr is not None:
+        reasons.append("no CUDA kernel for proj_size")
+    reasons += call.reasons_against_kernels()
+    if reasons:
+        return reasons
+    if library.cuda_device_count() == 0:
+        return [f"no usable CUDA device ({library.cuda_status()})"]
+    hidden = call.weight_hh.shape[1]
+    if pick(call.weight_hh.shape[0] // hidden, "float16", hidden, 1, _chip(call.x.device)) is None:
+        reasons.append(f"hidden size {hidden} needs more blocks than the device runs at once")
+    return reasons
+
+
+@functools.cache
+def _chip(device: torch.device) -> Chip:
+    library: Any = native.load()
+    with _on(device):
+        multiprocessors, shared_bytes, _ = library.cuda_limits()
+    return Chip(multiprocessors, shared_bytes)
+
+
+def _on(device: torch.device) -> Any:
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def _math(loop: Loop) -> str:
+    if loop.dtype is torch.float32:
+        return "tf32" if loop.precision == "tf32" else "float32"
+    return str(loop.dtype).removeprefix("torch.")
+
+
+def _tile(loop: Loop, states: int) -> Tile:
+    tile = pick(loop.gates, _math(loop), loop.hidden, loop.batch, _chip(loop.weight_hh.device), states)
+    assert tile is not None  # reasons_against has asked
+    return tile
+
+
+def _padded(hidden: int) -> int:
+    return (hidden + 31) // 32 * 32
+
+
+def _slots(cell: str) -> int:
+    return {"lstm": 4, "gru": 4, "gru_reset_before": 3}.get(cell, 1)
+
+
+def saved_layout(loop: Loop) -> Layout:
+    hidden, rows, data = loop.hidden, loop.rows, loop.dtype
+    layout = {
+        "activations": ((rows, _slots(loop.cell), hidden), data),
+        "h_in": ((rows, _padded(hidden)), data),
+    }
+    if loop.cell == "gru_reset_before":
+        layout["rh"] = ((rows, _padded(hidden)), data)
+    if loop.norm_hh is not None:
+        layout["normalized"] = ((rows, loop.gates * hidden), data)
+    if loop.norm_hh is not None or loop.norm_c is not None:
+        layout["deviations"] = ((rows, 4), torch.float32)
+    return layout
+
+
+def projects(loop: Loop) -> bool:
+    return False
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _norm(norm: tuple[Tensor, Tensor] | None) -> tuple[int, int]:
+    return (0, 0) if norm is None else (norm[0].data_ptr(), norm[1].data_ptr())
+
+
+def _fill_problem(problem: Any, loop: Loop) -> None:
+    problem.cell = CELL_INDEX[loop.cell]
+    problem.math = MATHS.index(_math(loop))
+    problem.reverse = loop.reverse
+    problem.steps, problem.batch, problem.hidden_size, problem.rows = loop.steps, loop.batch, loop.hidden, loop.rows
+    problem.row_starts, problem.lengths = _address(loop.row_starts), _address(loop.lengths)
+    problem.resets = _address(loop.resets)
+    problem.reset_strides = (0, 0) if loop.resets is None else loop.resets.stride()
+    problem.zoneout = loop.zoneout
+    problem.zoneout_random = loop.zoneout_seed is not None
+    problem.zoneout_seed = 0 if loop.zoneout_seed is None else loop.zoneout_seed
+    problem.recurrent_mask = _address(loop.recurrent_mask)
+    problem.norm_hh, problem.norm_c = _norm(loop.norm_hh), _norm(loop.norm_c)
+    problem.peephole = _address(loop.peephole)
+
+
+def _strides(sequence: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if sequence is None else time_strides(sequence)
+
+
+def _scratch(loop: Loop, tile: Tile) -> tuple[Tensor, Tensor | None]:
+    """Memory for the packed weights, and with layer norm for the blocks' statistics."""
+    library: Any = native.load()
+    like = loop.weight_hh
+    packed = library.cuda_packed_bytes(CELL_INDEX[loop.cell], MATHS.index(_math(loop)), loop.hidden)
+    stats = None
+    if loop.norm_hh is not None or loop.norm_c is not None:
+        size = library.cuda_stats_bytes(loop.steps, loop.batch, loop.hidden, (tile.unit_groups, tile.rows))
+        stats = like.new_empty(size, dtype=torch.uint8)
+    return like.new_empty(packed, dtype=torch.uint8), stats
+
+
+def _launch(function: Any, call: Any, loop: Loop, tile: Tile) -> None:
+    shape = (tile.unit_groups, tile.rows)
+    with _on(loop.weight_hh.device):
+        function([call], shape, torch.cuda.current_stream().cuda_stream if loop.weight_hh.device.type == "cuda" else 0)
+
+
+def loop_forward(loop: Loop, results: Results) -> None:
+    library: Any = native.load()
+    tile = _tile(loop, 2 if loop.cell == "lstm" else 1)
+    packed, stats = _scratch(loop, tile)
+    saved = results.saved
+    h_in = saved["h_in"] if saved else loop.weight_hh.new_empty(loop.rows, _padded(loop.hidden))
+    rh = None
+    if loop.cell == "gru_reset_before":
+        rh = saved["rh"] if saved else torch.empty_like(h_in)
+    gates_x, y = loop.gates_x, results.y
+    assert gates_x is not None
+    call = library.CudaForward()
+    _fill_problem(call.problem, loop)
+    call.gates_x, call.gates_x_rows = gates_x.data_ptr(), _strides(gates_x)
+    call.weight_hh, call.bias_hh = loop.weight_hh.data_ptr(), _address(loop.bias_hh)
+    call.h0, call.c0 = _address(loop.h0), _address(loop.c0)
+    call.y, call.y_rows = y.data_ptr(), _strides(y)
+    call.h_n, call.c_n = results.h_n.data_ptr(), _address(results.c_n)
+    call.packed_weight, call.stats = packed.data_ptr(), _address(stats)
+    call.h_in, call.rh = h_in.data_ptr(), _address(rh)
+    call.saved = _address(saved.get("activations"))
+    call.c_all, call.c_rows = _address(results.c_all), _strides(results.c_all)
+    call.norm_saved, call.deviations = _address(saved.get("normalized")), _address(saved.get("deviations"))
+    _launch(library.cuda_forward, call, loop, tile)
+
+
+def loop_backward(loop: Loop, kept: Kept, given: OutputGradients) -> LoopGradients:
+    library: Any = native.load()
+    hidden, gates, batch = loop.hidden, loop.gates, loop.batch
+    padded, weight, saved = _padded(hidden), loop.weight_hh, kept.saved
+    sum_count = library.cuda_gradient_sums(
+        CELL_INDEX[loop.cell], loop.norm_hh is not None, loop.norm_c is not None, loop.peephole is not None
+    )
+    tile = _tile(loop, (2 if loop.cell == "lstm" else 1) + sum_count)
+    packed, stats = _scratch(loop, tile)
+    buffer = weight.new_empty(loop.rows, gates, padded)
+    dgates_x = None
+    if loop.cell == "gru" or loop.norm_hh is not None or padded != hidden:
+        dgates_x = like_rows(kept.y, gates * hidden)
+    dh0 = None if loop.h0 is None else weight.new_empty(batch, hidden, dtype=torch.float32)
+    dc0 = None if loop.c0 is None or loop.cell != "lstm" else weight.new_empty(batch, hidden, dtype=torch.float32)
+    sums = weight.new_empty(sum_count, batch, hidden, dtype=torch.float32) if sum_count else None
+    call = library.CudaBackward()
+    _fill_problem(call.problem, loop)
+    call.dy, call.dy_rows = _address(given.dy), _strides(given.dy)
+    call.dh_n, call.dc_n = _address(given.dh_n), _address(given.dc_n)
+    call.dc_all, call.dc_all_rows = _address(given.dc_all), _strides(given.dc_all)
+    call.weight_hh = weight.data_ptr()
+    call.h0, call.c0 = _address(loop.h0), _address(loop.c0)
+    call.y, call.y_rows = kept.y.data_ptr(), _strides(kept.y)
+    call.saved = saved["activations"].data_ptr()
+    call.c_all, call.c_rows = _address(kept.c_all), _strides(kept.c_all)
+    call.norm_saved, call.deviations = _address(saved.get("normalized")), _address(saved.get("deviations"))
+    call.packed_weight, call.stats = packed.data_ptr(), _address(stats)
+    call.dproduct = buffer.data_ptr()
+    call.dgates_x, call.dgates_x_rows = _address(dgates_x), _strides(dgates_x)
+    call.dh0, call.dc0, call.sums = _address(dh0), _address(dc0), _address(sums)
+    _launch(library.cuda_backward, call, loop, tile)
+
+    dproduct = _as_sequence(loop, buffer[..., :hidden].reshape(loop.rows, gates * hidden))
+    rh = saved.get("rh")
+    found = LoopGradients(
+        dproduct if dgates_x is None else dgates_x,
+        dproduct,
+        dh0,
+        dc0,
+        h_in=_as_sequence(loop, saved["h_in"][:, :hidden]),
+        rh=None if rh is None else _as_sequence(loop, rh[:, :hidden]),
+    )
+    if sums is not None:
+        totals = iter(sums.sum(1))  # the order of gradient_sums in csrc/cuda/recurrence.h
+        if loop.norm_hh is not None:
+            weights = torch.cat([next(totals) for _ in range(gates)])
+            found.norm_hh = weights, torch.cat([next(totals) for _ in range(gates)])
+        if loop.norm_c is not None:
+            found.norm_c = next(totals), next(totals)
+        if loop.peephole is not None:
+            found.peephole = torch.cat([next(totals) for _ in range(3)])
+    return found
+
+
+def _as_sequence(loop: Loop, rows: Tensor) -> Tensor:
+    return rows if loop.row_starts is not None else rows.unflatten(0, (loop.steps, loop.batch))
