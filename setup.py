@@ -4,6 +4,7 @@ Environment: FASTRNN_CUDA=AUTO|ON|OFF (AUTO: CUDA is built when nvcc is found), 
 that runs on the reference), CMAKE_ARGS (passed on).
 """
 
+import fcntl
 import importlib
 import os
 import shlex
@@ -45,8 +46,11 @@ class CMakeBuild(build_ext):
             f"-DFASTRNN_CUDA={os.environ.get('FASTRNN_CUDA', 'AUTO')}",
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
-        subprocess.run(configure, check=True)
-        subprocess.run([cmake, "--build", str(build_dir)], check=True)
+        build_dir.mkdir(parents=True, exist_ok=True)
+        with open(build_dir / "lock", "w") as lock:  # tests that run side by side build here
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            subprocess.run(configure, check=True)
+            subprocess.run([cmake, "--build", str(build_dir)], check=True)
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)  # written over in place, it would crash the processes that have it loaded

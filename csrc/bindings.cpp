@@ -416,12 +416,13 @@ void bind_cuda(py::module_& m) {
   });
   // Blocks that one direction and one group of rows need, blocks that the current device holds at once, bytes of shared
   // memory, and bytes of weights that each block reads from L2 at every step.
-  m.def("cuda_fit", [check](int cell, int math, int64_t hidden_size, std::pair<int, int> tile, bool backward) {
-    cuda::Fit fit;
-    check(cuda::recurrence_fit(static_cast<Cell>(cell), static_cast<cuda::Math>(math), hidden_size,
-                               {tile.first, tile.second}, backward, fit));
-    return std::make_tuple(fit.blocks_needed, fit.blocks_at_once, fit.shared_bytes, fit.streamed_bytes);
-  });
+  m.def("cuda_fit",
+        [check](int cell, int math, int64_t hidden_size, std::pair<int, int> tile, bool norms, bool backward) {
+          cuda::Fit fit;
+          check(cuda::recurrence_fit(static_cast<Cell>(cell), static_cast<cuda::Math>(math), hidden_size,
+                                     {tile.first, tile.second}, norms, backward, fit));
+          return std::make_tuple(fit.blocks_needed, fit.blocks_at_once, fit.shared_bytes, fit.streamed_bytes);
+        });
 }
 
 }  // namespace

@@ -19,13 +19,14 @@ struct KeptCell {
   float c_previous;  // LSTM
 };
 
-template <Math math, Cell cell>
+template <Math math, Cell cell, bool norms>
 FASTRNN_KERNEL void __launch_bounds__(kThreads, 1) backward_kernel(const __grid_constant__ Work<Backward> launch) {
   using T = Element<math>;
   constexpr bool kLstm = cell == Cell::lstm, kGru = is_gru(cell), kBefore = cell == Cell::gru_reset_before;
   constexpr int kGates = gate_count(cell), kSlots = saved_slots(cell);
   constexpr int kFirst = first_gates(cell);
-  constexpr Shape kProduct = backward_product(cell), kSecond = backward_second();
+  constexpr Variant kVariant = {math, cell, norms};
+  constexpr Shape kProduct = backward_product(kVariant), kSecond = second_product(kVariant);
   using FirstNorms = Norms<kFirst, norm_split(cell)>;
   using LastNorms = Norms<1, 1>;
 
@@ -38,7 +39,7 @@ FASTRNN_KERNEL void __launch_bounds__(kThreads, 1) backward_kernel(const __grid_
   const int tiles = (block.rows + kRowTile - 1) / kRowTile;
   const int state_count = launch.tile.rows * share.units;
   const int warp = threadIdx.x / kWarpSize;
-  const bool normed = problem.norm_hh.weight != nullptr, normed_c = kLstm && problem.norm_c.weight != nullptr;
+  const bool normed = norms && problem.norm_hh.weight, normed_c = norms && kLstm && problem.norm_c.weight;
   const bool peephole = kLstm && problem.peephole != nullptr;
   const Zoneout zoneout(problem);
 
@@ -268,8 +269,8 @@ FASTRNN_KERNEL void __launch_bounds__(kThreads, 1) backward_kernel(const __grid_
       }
 
       // The gradient of W_hh h itself goes to the other blocks. `begin`, `end`: gates; `phase`: of the statistics.
-      const auto hand_over = [&](auto norms, auto begin_count, auto count, int phase) {
-        using TheseNorms = decltype(norms);
+      const auto hand_over = [&](auto kind, auto begin_count, auto count, int phase) {
+        using TheseNorms = decltype(kind);
         constexpr int begin = decltype(begin_count)::value, n = decltype(count)::value;
         float gradients[kCells][n], values[kCells][n];
         if (normed) {

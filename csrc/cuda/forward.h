@@ -9,12 +9,13 @@
 namespace fastrnn::cuda {
 namespace {
 
-template <Math math, Cell cell>
+template <Math math, Cell cell, bool norms>
 FASTRNN_KERNEL void __launch_bounds__(kThreads, 1) forward_kernel(const __grid_constant__ Work<Forward> launch) {
   using T = Element<math>;
   constexpr bool kLstm = cell == Cell::lstm, kBefore = cell == Cell::gru_reset_before;
   constexpr int kGates = gate_count(cell), kFirst = first_gates(cell), kSlots = saved_slots(cell);
-  constexpr Shape kProduct = forward_product(cell), kSecond = forward_second();
+  constexpr Variant kVariant = {math, cell, norms};
+  constexpr Shape kProduct = forward_product(kVariant), kSecond = second_product(kVariant);
   using FirstNorms = Norms<kFirst, norm_split(cell)>;
   using LastNorms = Norms<1, 1>;  // of c, or of n
 
@@ -110,7 +111,7 @@ FASTRNN_KERNEL void __launch_bounds__(kThreads, 1) forward_kernel(const __grid_c
         }
       }
 
-      if (problem.norm_hh.weight) {
+      if (norms && problem.norm_hh.weight) {
 #pragma unroll
         for (int k = 0; k < kCells; ++k) {
           const CellPlace place(block, problem, tile, k);
@@ -167,7 +168,7 @@ FASTRNN_KERNEL void __launch_bounds__(kThreads, 1) forward_kernel(const __grid_c
           const CellPlace place(block, problem, tile, k);
           if (!place.exists) continue;
           Parts<1>::get(met, share, place.row_in_tile, place.unit_in_block, n[k]);
-          if (problem.norm_hh.weight)
+          if (norms && problem.norm_hh.weight)
             LastNorms::put(RowExchange(a.stats, 1, t, place.b, problem, block), place, block.slice, n[k]);
         }
 #pragma unroll
@@ -175,7 +176,7 @@ FASTRNN_KERNEL void __launch_bounds__(kThreads, 1) forward_kernel(const __grid_c
           const CellPlace place(block, problem, tile, k);
           if (!place.exists) continue;
           const int64_t column = 2 * hidden + place.unit;
-          if (problem.norm_hh.weight) {
+          if (norms && problem.norm_hh.weight) {
             float means[2], deviations[2];
             LastNorms::get(RowExchange(a.stats, 1, t, place.b, problem, block), place, n[k], means, deviations);
             if (active[k]) {
@@ -235,14 +236,14 @@ FASTRNN_KERNEL void __launch_bounds__(kThreads, 1) forward_kernel(const __grid_c
           const CellPlace place(block, problem, tile, k);
           if (!place.exists) continue;
           seen[k][0] = fresh_c[k];
-          if (problem.norm_c.weight)
+          if (norms && problem.norm_c.weight)
             LastNorms::put(RowExchange(a.stats, 1, t, place.b, problem, block), place, block.slice, seen[k]);
         }
 #pragma unroll
         for (int k = 0; k < kCells; ++k) {
           const CellPlace place(block, problem, tile, k);
           if (!place.exists) continue;
-          if (problem.norm_c.weight) {
+          if (norms && problem.norm_c.weight) {
             float means[2], deviations[2];
             LastNorms::get(RowExchange(a.stats, 1, t, place.b, problem, block), place, seen[k], means, deviations);
             if (active[k]) {

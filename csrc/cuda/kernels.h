@@ -20,13 +20,20 @@ struct Kernels {
   void (*backward)(Work<Backward>);
 };
 
-const Kernels& kernels_float16(Cell);
-const Kernels& kernels_bfloat16(Cell);
-const Kernels& kernels_tf32(Cell);
-const Kernels& kernels_float32(Cell);
+const Kernels& kernels_float16(Cell, bool norms);
+const Kernels& kernels_bfloat16(Cell, bool norms);
+const Kernels& kernels_tf32(Cell, bool norms);
+const Kernels& kernels_float32(Cell, bool norms);
 
 // Gates whose product with h is the step's first one; n of the GRU with the reset before the product has a second.
 constexpr int first_gates(Cell cell) { return cell == Cell::gru_reset_before ? 2 : gate_count(cell); }
+
+// What is known of a kernel as it is compiled. Layer norms cost registers, so that kernels without are kernels apart.
+struct Variant {
+  Math math;
+  Cell cell;
+  bool norms;
+};
 
 // One product of a kernel: rows of weights for each unit, how often K is as long as h, the chunks of weights that each
 // warp holds in registers and how many it takes at a time.
@@ -34,15 +41,20 @@ struct Shape {
   int octets, depths, held, ahead;
 };
 
-constexpr Shape forward_product(Cell cell) {
-  const int gates = first_gates(cell);
-  return {gates, 1, gates == 4 ? 6 : gates == 1 ? 16 : 8, gates == 4 ? 6 : 4};
+// As many as the registers hold without spilling (docs/cuda_kernels.md). Floats are held as two tf32 numbers each.
+constexpr Shape shape(const Variant& v, int octets, int depths, int held, int ahead) {
+  const int fewer = (v.math == Math::float32 ? 2 : 1) * (v.norms ? 2 : 1);
+  const int taken = ahead < held / fewer ? ahead : held / fewer;
+  return {octets, depths, held / fewer / taken * taken, taken};
 }
-constexpr Shape forward_second() { return {1, 1, 8, 4}; }
-constexpr Shape backward_product(Cell cell) {
-  return {1, first_gates(cell), cell == Cell::gru_reset_before ? 12 : 16, 4};
+constexpr Shape forward_product(const Variant& v) {
+  const int gates = first_gates(v.cell);
+  return gates == 1 ? shape(v, 1, 1, 16, 4) : shape(v, gates, 1, 6, gates == 4 ? 6 : 3);
 }
-constexpr Shape backward_second() { return {1, 1, 8, 4}; }
+constexpr Shape backward_product(const Variant& v) {
+  return shape(v, 1, first_gates(v.cell), gate_count(v.cell) == 1 ? 16 : v.cell == Cell::gru_reset_before ? 8 : 12, 4);
+}
+constexpr Shape second_product(const Variant& v) { return shape(v, 1, 1, 4, 4); }
 
 // Floats of shared memory for each row and unit of a block: states, and backward the sums over time.
 constexpr int forward_states(Cell cell) { return cell == Cell::lstm ? 2 : 1; }

@@ -41,16 +41,17 @@ FASTRNN_KERNEL void pack_weights(const Element<math>* weight, void* packed, int6
   }
 }
 
-const Kernels& kernels_of(Math math, Cell cell) {
+const Kernels& kernels_of(const Variant& variant) {
+  const auto [math, cell, norms] = variant;
   switch (math) {
     case Math::float16:
-      return kernels_float16(cell);
+      return kernels_float16(cell, norms);
     case Math::bfloat16:
-      return kernels_bfloat16(cell);
+      return kernels_bfloat16(cell, norms);
     case Math::tf32:
-      return kernels_tf32(cell);
+      return kernels_tf32(cell, norms);
     default:
-      return kernels_float32(cell);
+      return kernels_float32(cell, norms);
   }
 }
 
@@ -86,14 +87,14 @@ struct Plan {
 };
 
 // Shared memory goes to parts and states first; weights that registers do not hold get what is left.
-Plan plan(Cell cell, Math math, int64_t hidden_size, const Tile& tile, const Shape& product, const Shape& second,
-          int states, int64_t limit) {
-  const int64_t chunks = padded_size(hidden_size) * element_size(math) / 64;
+Plan plan(const Variant& variant, int64_t hidden_size, const Tile& tile, const Shape& product, int states,
+          int64_t limit) {
+  const int64_t chunks = padded_size(hidden_size) * element_size(variant.math) / 64;
   const int64_t parts = kWarps / tile.unit_groups;
   Plan found = {};
   found.shared_bytes = 4 * (parts_floats(tile.unit_groups) + states * tile.rows * kUnitGroup * tile.unit_groups);
-  const Shape shapes[2] = {product, second};
-  for (int i = 0; i < (cell == Cell::gru_reset_before ? 2 : 1); ++i) {
+  const Shape shapes[2] = {product, second_product(variant)};
+  for (int i = 0; i < (variant.cell == Cell::gru_reset_before ? 2 : 1); ++i) {
     const int64_t of_warp = (shapes[i].depths * chunks + parts - 1) / parts;
     const int64_t wanted = of_warp > shapes[i].held ? of_warp - shapes[i].held : 0;
     const int64_t bytes = kWarps * shapes[i].octets * kWarpSize * static_cast<int64_t>(sizeof(Vec4));  // of one chunk
@@ -105,12 +106,11 @@ Plan plan(Cell cell, Math math, int64_t hidden_size, const Tile& tile, const Sha
   return found;
 }
 
-Plan plan_of(const Forward*, Cell cell, Math math, int64_t hidden_size, const Tile& tile, int, int64_t limit) {
-  return plan(cell, math, hidden_size, tile, forward_product(cell), forward_second(), forward_states(cell), limit);
+Plan plan_of(const Forward*, const Variant& variant, int64_t hidden_size, const Tile& tile, int, int64_t limit) {
+  return plan(variant, hidden_size, tile, forward_product(variant), forward_states(variant.cell), limit);
 }
-Plan plan_of(const Backward*, Cell cell, Math math, int64_t hidden_size, const Tile& tile, int sums, int64_t limit) {
-  return plan(cell, math, hidden_size, tile, backward_product(cell), backward_second(), backward_states(cell, sums),
-              limit);
+Plan plan_of(const Backward*, const Variant& variant, int64_t hidden_size, const Tile& tile, int sums, int64_t limit) {
+  return plan(variant, hidden_size, tile, backward_product(variant), backward_states(variant.cell, sums), limit);
 }
 
 int sums_of(const Problem& problem) {
@@ -134,13 +134,13 @@ const char* run(const Direction* directions, int count, const Tile& tile, void* 
   const Problem& problem = directions[0].problem;
   Limits device;
   if (const char* error = limits(device)) return error;
-  const Plan planned =
-      plan_of(directions, problem.cell, problem.math, problem.hidden_size, tile, sums_of(problem), device.shared_bytes);
+  const Variant variant = {problem.math, problem.cell, problem.norm_hh.weight || problem.norm_c.weight};
+  const Plan planned = plan_of(directions, variant, problem.hidden_size, tile, sums_of(problem), device.shared_bytes);
   if (planned.shared_bytes > device.shared_bytes)
     return failure("%d rows of %d units need %lld bytes of shared memory; a block has %lld", tile.rows,
                    tile.unit_groups * static_cast<int>(kUnitGroup), static_cast<long long>(planned.shared_bytes),
                    static_cast<long long>(device.shared_bytes));
-  const auto kernel = kernel_of(directions, kernels_of(problem.math, problem.cell));
+  const auto kernel = kernel_of(directions, kernels_of(variant));
   int resident;
   if (const char* error = resident_blocks(kernel, kThreads, planned.shared_bytes, resident)) return error;
   const int64_t of_group = count * slices(problem.hidden_size, tile);
@@ -199,12 +199,14 @@ const char* device_limits(DeviceLimits& found) {
   return error;
 }
 
-const char* recurrence_fit(Cell cell, Math math, int64_t hidden_size, const Tile& tile, bool backward, Fit& fit) {
+const char* recurrence_fit(Cell cell, Math math, int64_t hidden_size, const Tile& tile, bool norms, bool backward,
+                           Fit& fit) {
   Limits device;
   if (const char* error = limits(device)) return error;
-  const Kernels& kernels = kernels_of(math, cell);
+  const Variant variant = {math, cell, norms};
+  const Kernels& kernels = kernels_of(variant);
   const auto found = [&](const auto* direction) {
-    const Plan planned = plan_of(direction, cell, math, hidden_size, tile, 0, device.shared_bytes);
+    const Plan planned = plan_of(direction, variant, hidden_size, tile, 0, device.shared_bytes);
     fit.blocks_needed = static_cast<int>(slices(hidden_size, tile));
     fit.shared_bytes = planned.shared_bytes;
     fit.streamed_bytes = planned.streamed_bytes;

@@ -149,6 +149,7 @@ struct Fit {
   int64_t shared_bytes;
   int64_t streamed_bytes;  // of weights that do not fit on chip and are read from L2 at every step, per block
 };
-const char* recurrence_fit(Cell cell, Math math, int64_t hidden_size, const Tile& tile, bool backward, Fit& fit);
+const char* recurrence_fit(Cell cell, Math math, int64_t hidden_size, const Tile& tile, bool norms, bool backward,
+                           Fit& fit);
 
 }  // namespace fastrnn::cuda

@@ -1,3 +1,5 @@
 #include "cuda/tables.h"
 
-const fastrnn::cuda::Kernels& fastrnn::cuda::kernels_tf32(Cell cell) { return table<Math::tf32>(cell); }
+const fastrnn::cuda::Kernels& fastrnn::cuda::kernels_tf32(Cell cell, bool norms) {
+  return norms ? table<Math::tf32, true>(cell) : table<Math::tf32, false>(cell);
+}

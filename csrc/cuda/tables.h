@@ -7,17 +7,17 @@
 namespace fastrnn::cuda {
 namespace {
 
-template <Math math, Cell cell>
+template <Math math, Cell cell, bool norms>
 constexpr Kernels pair() {
-  return {forward_kernel<math, cell>, backward_kernel<math, cell>};
+  return {forward_kernel<math, cell, norms>, backward_kernel<math, cell, norms>};
 }
 
 // In the order of Cell.
-template <Math math>
+template <Math math, bool norms>
 const Kernels& table(Cell cell) {
-  static const Kernels kernels[] = {pair<math, Cell::rnn_tanh>(), pair<math, Cell::rnn_relu>(),
-                                    pair<math, Cell::lstm>(), pair<math, Cell::gru>(),
-                                    pair<math, Cell::gru_reset_before>()};
+  static const Kernels kernels[] = {pair<math, Cell::rnn_tanh, norms>(), pair<math, Cell::rnn_relu, norms>(),
+                                    pair<math, Cell::lstm, norms>(), pair<math, Cell::gru, norms>(),
+                                    pair<math, Cell::gru_reset_before, norms>()};
   return kernels[static_cast<int>(cell)];
 }
 
