@@ -1,10 +1,15 @@
 # make demo, test, bench or wheel does all its set-up; a second run only what changed.
 # PYTHON=/path/to/python takes a ready interpreter instead of .venv: offline, nothing but fastrnn itself is installed.
 # ARGS="..." goes to the demo or to pytest.
+# make gpu is for a machine with a GPU: with its own python3 it builds, tests, checks and measures in GPU_SECONDS.
 
 SHELL := bash
 NATIVE := CMakeLists.txt setup.py $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*)
 PURE := $(shell find fastrnn kernels -name '*.py' -o -name py.typed)
+
+ifneq ($(filter gpu%,$(MAKECMDGOALS)),)
+PYTHON ?= python3
+endif
 
 ifdef PYTHON
 PY := $(PYTHON)
@@ -19,7 +24,11 @@ INSTALLED := .venv/installed
 BENCH_READY := .venv/bench-peers
 endif
 
-.PHONY: demo test lint bench wheel clean
+GPU_SECONDS ?= 460
+BENCH_SECONDS ?= 240
+GPU_PARTS := gpu-test gpu-exchange gpu-sanitize gpu-bench
+
+.PHONY: demo test lint bench wheel clean gpu gpu-build $(GPU_PARTS)
 
 demo: $(INSTALLED)
 	$(PY) examples/char_lm.py $(ARGS)
@@ -35,6 +44,30 @@ lint: $(INSTALLED)
 bench: $(BENCH_READY)
 	$(PY) -m pytest bench --benchmark-only -q
 	$(PY) -m bench.report
+
+# Every part runs, also after one that failed. The suites come last and get the time that is left.
+gpu:
+	@$(MAKE) --no-print-directory gpu-build || exit; \
+	for part in $(GPU_PARTS); do \
+	  echo "== $$part, $$SECONDS s"; \
+	  $(MAKE) --no-print-directory $$part BENCH_SECONDS=$$(($(GPU_SECONDS) - SECONDS)) || failed="$$failed $$part"; \
+	done; \
+	echo "== $$SECONDS s"; [ -z "$$failed" ] || { echo "failed:$$failed"; exit 1; }
+
+gpu-build: $(INSTALLED)
+	@$(PY) -c 'import torch; torch.cuda.is_available() or exit("make gpu: torch sees no CUDA device")'
+
+gpu-test: gpu-build
+	timeout 120 $(PY) -m pytest tests/gpu -q $(ARGS)
+
+gpu-exchange: gpu-build
+	timeout 60 $(PY) -m bench.gpu.exchange
+
+gpu-sanitize: gpu-build
+	$(PY) -m bench.gpu.sanitize --seconds 90
+
+gpu-bench: gpu-build
+	$(PY) -m bench.gpu --seconds $(BENCH_SECONDS)
 
 wheel: dist/built
 

@@ -16,7 +16,7 @@ from bench.peers import THREADS
 from bench.registry import Case
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("fastrnn", "torch", "onnxruntime", "openvino", "jax")
+PACKAGES = ("fastrnn", "torch", "triton", "onnxruntime", "openvino", "jax", "flashrnn", "haste_pytorch", "torchrl")
 
 
 def cpu_model() -> str:
@@ -40,7 +40,12 @@ def machine() -> str:
 
 
 def commit() -> str:
-    """git describe, ending in -dirty where anything but the results and pages that a run rewrites is changed."""
+    """git describe, ending in -dirty where anything but the results and pages that a run rewrites is changed.
+
+    FASTRNN_BENCH_COMMIT says it for a copy without its history.
+    """
+    if given := os.environ.get("FASTRNN_BENCH_COMMIT"):
+        return given
     git = ["git", "-C", str(ROOT)]
     try:
         described = subprocess.run([*git, "describe", "--always", "--tags"], capture_output=True, text=True, check=True)

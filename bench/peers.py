@@ -34,6 +34,7 @@ class Contender(NamedTuple):
 
     call: Callable[[], Any]
     named: Callable[[Any], Results]
+    count: int = 1  # how often `call` computes the case
 
     def checked(self) -> Results:
         """The results of one call whose random numbers start from SEED."""
@@ -44,22 +45,28 @@ class Contender(NamedTuple):
 class Problem:
     """One case's layer, its input and other arguments, and the gradient of its output, in the case's dtype."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, device: str = "cpu") -> None:
         batch, steps, input_size, hidden_size = case.size
         self.case = case
+        self.device = device
         self.dtype = DTYPES[case.dtype]
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(device).manual_seed(0)
+
+        def randn(*size: int) -> Tensor:
+            return torch.randn(size, generator=generator, device=device).to(self.dtype)
+
         torch.manual_seed(0)
-        self.layer = make_layer(nn if case.variant is None else _fastrnn(), case)
+        with torch.device(device):
+            self.layer = make_layer(nn if case.variant is None else _fastrnn(), case)
         leading = (batch,) if case.mode == "step" else (steps, batch)
-        self.x: Any = torch.randn(*leading, input_size, generator=generator).to(self.dtype)
+        self.x: Any = randn(*leading, input_size)
         # A single step continues a sequence, so its state is not zero; a sequence starts from no state.
         self.state: Any = None
         if case.mode == "step":
-            h, c = (0.5 * torch.randn(batch, hidden_size, generator=generator).to(self.dtype) for _ in range(2))
+            h, c = (0.5 * randn(batch, hidden_size) for _ in range(2))
             self.state = (h, c) if case.cell == "lstm" else h
         # Random, as a gradient of all ones could be special-cased.
-        self.grad_y = torch.randn(*leading, hidden_size, generator=generator).to(self.dtype)
+        self.grad_y = randn(*leading, hidden_size)
 
         # With gains of 1, where they start, a random LSTM is chaotic: after 100 steps fp32 is 3e-4 away from fp64,
         # 500 times as far as without layer norm. Cooijmans et al. 2016 (arXiv 1603.09025) start from 0.1.
@@ -69,9 +76,9 @@ class Problem:
         self.layer.to(self.dtype)
         self.arguments: dict[str, Tensor] = {}
         if case.given in ("lengths", "full_lengths"):
-            self.arguments["lengths"] = case.lengths
+            self.arguments["lengths"] = case.lengths.to(device)
         elif case.given == "resets":
-            self.arguments["resets"] = torch.rand(steps, batch, generator=generator) < 0.02
+            self.arguments["resets"] = torch.rand(steps, batch, generator=generator, device=device) < 0.02
         elif case.given == "packed":
             self.x = pack_padded_sequence(self.x, case.lengths, enforce_sorted=False)
             self.grad_y = pack_padded_sequence(self.grad_y, case.lengths, enforce_sorted=False).data
@@ -161,24 +168,30 @@ def torch_contender(
     return Contender(train, named)
 
 
-def _torch_like(library: Any, problem: Problem, dtype: torch.dtype | None = None, **options: Any) -> Contender:
-    layer = make_layer(library, problem.case, **options)
+def layer_like(library: Any, problem: Problem, **options: Any) -> nn.Module:
+    """The problem's layer out of the library."""
+    with torch.device(problem.device):
+        layer = make_layer(library, problem.case, **options)
     layer.load_state_dict(problem.layer.state_dict())
-    return _contender(layer, problem, dtype)
+    return layer
 
 
-def _contender(layer: nn.Module, problem: Problem, dtype: torch.dtype | None = None) -> Contender:
+def _torch_like(library: Any, problem: Problem, dtype: torch.dtype | None = None, **options: Any) -> Contender:
+    return contender_of(layer_like(library, problem, **options), problem, dtype)
+
+
+def contender_of(layer: nn.Module, problem: Problem, dtype: torch.dtype | None = None) -> Contender:
     dtype = dtype or problem.dtype
     state = _map(problem.state, lambda s: s.to(dtype))
     x, grad_y = problem.x.to(dtype), problem.grad_y.to(dtype)
     return torch_contender(layer.to(dtype), problem.case.mode, x, state, grad_y, problem.arguments)
 
 
-def fastrnn(problem: Problem) -> Contender:
-    return _torch_like(_fastrnn(), problem)
+def fastrnn(problem: Problem, backend: str = "auto") -> Contender:
+    return _torch_like(_fastrnn(), problem, backend=backend)
 
 
-class _Around(nn.Module):
+class Around(nn.Module):
     """A module around a layer, whose parameters it shows under the layer's names."""
 
     def __init__(self, layer: nn.Module) -> None:
@@ -189,11 +202,15 @@ class _Around(nn.Module):
         return self.layer.named_parameters(*args, **kwargs)
 
 
-class _Packing(_Around):
-    """torch.nn's way with lengths: pack, run, pad."""
+class _Packing(Around):
+    """torch.nn's way with lengths, which it wants on the CPU: pack, run, pad."""
+
+    def __init__(self, layer: nn.Module, lengths: Tensor) -> None:
+        super().__init__(layer)
+        self.lengths = lengths
 
     def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Any]:
-        y, state = self.layer(pack_padded_sequence(x, lengths, enforce_sorted=False))
+        y, state = self.layer(pack_padded_sequence(x, self.lengths, enforce_sorted=False))
         return pad_packed_sequence(y, total_length=len(x))[0], state
 
 
@@ -202,13 +219,11 @@ def torch_nn(problem: Problem) -> Contender:
     if case.variant and case.given not in ("lengths", "full_lengths", "packed"):
         raise Unsupported(f"has no {case.variant}")
     if "lengths" in problem.arguments:
-        layer = make_layer(nn, case)
-        layer.load_state_dict(problem.layer.state_dict())
-        return _contender(_Packing(layer), problem)
+        return contender_of(_Packing(layer_like(nn, problem), case.lengths), problem)
     return _torch_like(nn, problem)
 
 
-class _Loop(_Around):
+class _Loop(Around):
     """A recurrent layer written as a Python loop, as users write the variants that torch.nn does not have."""
 
     def __init__(self, layer: nn.Module, case: Case, compiled: bool, zoneout_masks: Tensor | None) -> None:
@@ -316,7 +331,7 @@ class _Loop(_Around):
         if self.training and self.zoneout_masks is not None:
             of_steps["zoneout_h"], of_steps["zoneout_c"] = self.zoneout_masks
         if lengths is not None:
-            of_steps["active"] = (torch.arange(steps)[:, None] < lengths)[..., None]
+            of_steps["active"] = (torch.arange(steps, device=lengths.device)[:, None] < lengths)[..., None]
         if resets is not None:
             of_steps["kept"] = (~resets)[..., None].to(x.dtype)
 
@@ -334,18 +349,20 @@ def _loop(problem: Problem, compiled: bool) -> Contender:
     if case.mode == "step":
         raise Unsupported("a loop over time has no one-step form")
     masks = problem.zoneout_masks() if case.variant == "zoneout" else None
-    return _contender(_Loop(copy.deepcopy(problem.layer), case, compiled, masks), problem)
+    return contender_of(_Loop(copy.deepcopy(problem.layer), case, compiled, masks), problem)
 
 
 def loop(problem: Problem) -> Contender:
     return _loop(problem, compiled=False)
 
 
-def compiled_loop(problem: Problem) -> Contender:
+def compiled_loop(problem: Problem, seconds: float | None = None) -> Contender:
     """The step under torch.compile, called once per time step: compiling the whole loop takes minutes at T = 100."""
+    if seconds is None:
+        seconds = float(os.environ.get("FASTRNN_BENCH_COMPILE_SECONDS", "60"))
     torch.compiler.reset()  # All cases share one step function, and torch compiles a function for eight uses at most.
     contender = _loop(problem, compiled=True)
-    _compile(contender, float(os.environ.get("FASTRNN_BENCH_COMPILE_SECONDS", "60")))
+    _compile(contender, seconds)
     return contender
 
 

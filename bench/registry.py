@@ -32,7 +32,8 @@ STEP_SHAPES = {"step1": Shape(1, 1, 256, 256), "step16": Shape(16, 1, 256, 256)}
 GATES = {"rnn": 1, "lstm": 4, "gru": 3}
 # forward: inference, no gradients. training: forward, then backward to the input and every weight. step: a cell's call.
 MODES = ("forward", "training", "step")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32}
+CPU_DTYPES = ("fp32", "bf16")
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,11 @@ class Case:
         return VARIANTS[self.variant].given if self.variant else None
 
     @property
+    def eps(self) -> float:
+        """Distance from 1 to the next number of the dtype; for tf32, that of the factors of its products."""
+        return 2.0**-10 if self.dtype == "tf32" else torch.finfo(DTYPES[self.dtype]).eps
+
+    @property
     def lengths(self) -> Tensor:
         """Steps of each sequence, [B]."""
         batch, steps, *_ = self.size
@@ -136,7 +142,7 @@ def plain_cases() -> list[Case]:
         Case(cell, shape, mode, dtype)
         for shape in SHAPES
         for cell in GATES
-        for dtype in DTYPES
+        for dtype in CPU_DTYPES
         for mode in ("forward", "training")
     ]
     return sequences + [Case(cell, shape, "step") for shape in STEP_SHAPES for cell in GATES]

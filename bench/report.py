@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import results
+from bench.gpu import report as gpu
 from bench.machine import ROOT
 from bench.registry import (
     DTYPES,
@@ -29,6 +30,7 @@ from bench.registry import (
     plain_cases,
     variant_cases,
 )
+from bench.tables import markdown, three
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 README = ROOT / "README.md"
@@ -50,16 +52,6 @@ Row = dict[str, Any]
 Maker = Callable[[dict[str, Row], str], str | None]
 
 
-def markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    body = [header, [":---", *["---:"] * (len(header) - 1)], *lines]
-    return "\n".join("| " + " | ".join(line) + " |" for line in body)
-
-
-def _three(value: float) -> str:
-    """Three significant digits, and no exponent for large values."""
-    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
-
-
 def _backend(rows: Iterable[Row | None]) -> str:
     """What fastrnn ran on, where it was not its CPU kernels alone."""
     backends = dict.fromkeys(row["backend"] for row in rows if row is not None)
@@ -71,7 +63,7 @@ def _times(row: Row | None, peers: Sequence[str], unit: float = 1.0) -> list[str
     if row is None:
         return ["–"] * (1 + len(peers))
     ratios = [f"{row['ratios'][peer]:.2f}" if peer in row["ratios"] else "–" for peer in peers]
-    return [_three(unit * row["peers"]["fastrnn"]["median"]), *ratios]
+    return [three(unit * row["peers"]["fastrnn"]["median"]), *ratios]
 
 
 def _fraction(row: Row | None) -> str:
@@ -187,12 +179,13 @@ def _tables(files: Sequence[dict[str, Any]], cases: Sequence[Case], makers: Sequ
 
 def readme_table(files: Sequence[dict[str, Any]]) -> str:
     """What stands between README.md's markers."""
-    return _tables(files, plain_cases(), [sequence_table, step_table])
+    of_cpus = _tables([data for data in files if not gpu.is_gpu(data)], plain_cases(), [sequence_table, step_table])
+    return "\n\n".join([of_cpus, *(gpu.summary(data) for data in files if gpu.is_gpu(data))])
 
 
 def variants_page_table(files: Sequence[dict[str, Any]]) -> str:
     """What stands between the markers of docs/variants.md."""
-    return _tables(files, variant_cases(), [variant_table])
+    return _tables([data for data in files if not gpu.is_gpu(data)], variant_cases(), [variant_table])
 
 
 def with_table(text: str, table: str, page: str) -> str:
@@ -270,6 +263,8 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> str:
     for id in (id for id in new["rows"] if id in old["rows"]):
         rows = [data["rows"][id] for data in (old, new)]
         other = "torch" if all("torch" in row["peers"] for row in rows) else "plain"
+        if not all({"fastrnn", other} <= row["peers"].keys() for row in rows):
+            continue
         ours, others = ([row["peers"][peer]["median"] for row in rows] for peer in ("fastrnn", other))
         lines.append(
             [id, f"{ours[0]:.4g}", f"{ours[1]:.4g}", f"{ours[0] / ours[1]:.2f}"]
@@ -307,8 +302,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         page.write_text(wanted)
     REPORT.mkdir(exist_ok=True)
     for data in files:
-        (REPORT / f"{data['machine']}.md").write_text(details(data))
-        draw(data, REPORT / f"{data['machine']}.png")
+        page = REPORT / f"{data['machine']}.md"
+        if gpu.is_gpu(data):
+            page.write_text(gpu.details(data))
+        else:
+            page.write_text(details(data))
+            draw(data, page.with_suffix(".png"))
     print(f"wrote {README}, {VARIANTS_PAGE} and {REPORT}")
     return 0
 

@@ -91,6 +91,23 @@ def summary(samples: list[float]) -> dict[str, float]:
     return {"median": statistics.median(samples), "q20": cuts[0], "q80": cuts[-1]}
 
 
+def figures(times: Mapping[str, list[float]], entries: Entries) -> dict[str, Any]:
+    """What every row of results has: who took how long, erred by how much, and who was left out why."""
+    medians = {name: statistics.median(samples) for name, samples in times.items()}
+    others = {name: median for name, median in medians.items() if name != "fastrnn"} if "fastrnn" in medians else {}
+    return {
+        "backend": entries.backend,
+        "rounds": max(map(len, times.values()), default=0),
+        "peers": {
+            name: {key: digits(1e3 * value) for key, value in summary(samples).items()}
+            | {"error": digits(entries.errors[name])}
+            for name, samples in times.items()
+        },
+        "ratios": {name: digits(median / medians["fastrnn"]) for name, median in others.items()},
+        "left_out": entries.left_out,
+    }
+
+
 def make_row(
     case: Case,
     times: Mapping[str, list[float]],  # seconds per call, one figure per round
@@ -99,32 +116,20 @@ def make_row(
     neighbours: float | None,
 ) -> dict[str, Any]:
     """One row of the results file: medians in milliseconds, ratios of medians, the rate and the machine's limit."""
-    medians = {name: statistics.median(samples) for name, samples in times.items()}
-    ours = medians["fastrnn"]
-    row: dict[str, Any] = {
-        "backend": entries.backend,
-        "rounds": len(times["fastrnn"]),
-        "peers": {
-            name: {key: _digits(1e3 * value) for key, value in summary(samples).items()}
-            | {"error": _digits(entries.errors[name])}
-            for name, samples in times.items()
-        },
-        "ratios": {name: _digits(median / ours) for name, median in medians.items() if name != "fastrnn"},
-        "left_out": entries.left_out,
-        "neighbours": None if neighbours is None else round(neighbours, 3),
-    }
+    ours = statistics.median(times["fastrnn"])
+    row = figures(times, entries) | {"neighbours": None if neighbours is None else round(neighbours, 3)}
     work = {"arithmetic": ("gflops", case.flops), "weights": ("gbytes", case.streamed_bytes)}
     if case.bound in work:
         unit, amount = work[case.bound]
         rate = amount / ours / 1e9
-        row[unit] = _digits(rate)
+        row[unit] = digits(rate)
         if unit in rates:
             # Whatever disturbs a limit lowers it, so its median would flatter the fraction.
             limit = summary(rates[unit])["q80"]
-            row |= {"limit": _digits(limit), "fraction": _digits(rate / limit)}
+            row |= {"limit": digits(limit), "fraction": digits(rate / limit)}
     return row
 
 
-def _digits(value: float) -> float:
+def digits(value: float) -> float:
     """Four significant digits."""
     return float(f"{value:.4g}")

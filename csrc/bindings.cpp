@@ -16,6 +16,7 @@
 #include "cpu/memory.h"
 #include "cpu/threads.h"
 #include "cuda/device_query.h"
+#include "cuda/exchange_benchmark.h"
 #include "cuda/recurrence.h"
 
 namespace py = pybind11;
@@ -423,6 +424,15 @@ void bind_cuda(py::module_& m) {
                                      {tile.first, tile.second}, norms, backward, fit));
           return std::make_tuple(fit.blocks_needed, fit.blocks_at_once, fit.shared_bytes, fit.streamed_bytes);
         });
+  m.def("cuda_exchange_bytes", [](int method, int blocks, int threads, int cluster, int slice, int rounds) {
+    return exchange_benchmark_bytes(
+        {static_cast<Exchange>(method), blocks, threads, cluster, slice, rounds, nullptr, nullptr, nullptr});
+  });
+  m.def("cuda_exchange_benchmark", [check](int method, int blocks, int threads, int cluster, int slice, int rounds,
+                                           uintptr_t memory, uintptr_t sums, uintptr_t stream) {
+    check(cuda_exchange_benchmark({static_cast<Exchange>(method), blocks, threads, cluster, slice, rounds,
+                                   pointer<void>(memory), pointer<uint32_t>(sums), pointer<void>(stream)}));
+  });
 }
 
 }  // namespace

@@ -411,5 +411,7 @@ def test_every_contender_takes_its_turn_in_every_round():
 
 def test_results_in_the_repository_are_complete():
     for data in results.load_all(Path(report.ROOT) / "bench" / "results"):
-        assert all(r["run"] in data["runs"] and "fastrnn" in r["peers"] for r in data["rows"].values())
-        assert not [run for run in data["runs"].values() if run["isa"] == "none"]
+        assert all(r["run"] in data["runs"] for r in data["rows"].values())
+        if data.get("kind") != "gpu":
+            assert all("fastrnn" in r["peers"] for r in data["rows"].values())
+            assert not [run for run in data["runs"].values() if run["isa"] == "none"]

@@ -109,6 +109,28 @@ FASTRNN_DEVICE void store_exchanged(void* address, Vec4 v) {
                : "memory");
 }
 
+// Two pairs of a word and the epoch that it is of, (x, y) and (z, w). A pair arrives as a whole; otherwise as above.
+FASTRNN_DEVICE bool is_tagged(Vec4 v, uint32_t epoch) { return v.y == epoch && v.w == epoch; }
+
+FASTRNN_DEVICE Vec4 load_tagged(const void* address) {
+  uint64_t first, second;
+  asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];" : "=l"(first), "=l"(second) : "l"(address) : "memory");
+  return {static_cast<uint32_t>(first), static_cast<uint32_t>(first >> 32), static_cast<uint32_t>(second),
+          static_cast<uint32_t>(second >> 32)};
+}
+
+// The same, again and again until both words are of the epoch.
+FASTRNN_DEVICE Vec4 wait_tagged(const void* address, uint32_t epoch) {
+  Vec4 v = load_tagged(address);
+  while (!is_tagged(v, epoch)) v = load_tagged(address);
+  return v;
+}
+
+FASTRNN_DEVICE void store_tagged(void* address, Vec4 v) {
+  const uint64_t first = static_cast<uint64_t>(v.y) << 32 | v.x, second = static_cast<uint64_t>(v.w) << 32 | v.z;
+  asm volatile("st.relaxed.gpu.global.v2.u64 [%0], {%1, %2};" ::"l"(address), "l"(first), "l"(second) : "memory");
+}
+
 // A flag that orders what was written before it: release after it, acquire until it is at least `value`.
 FASTRNN_DEVICE void store_release(uint32_t* flag, uint32_t value) {
   asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");

@@ -73,6 +73,10 @@ const char* launch(void (*kernel)(Parameters...), const Launch& launch, Argument
   cudaError_t error =
       cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                            static_cast<int>(launch.shared_bytes));
+  constexpr int kPortableCluster = 8;  // above, a kernel must say that it will do with fewer kinds of GPU
+  if (error == cudaSuccess && launch.cluster > kPortableCluster)
+    error =
+        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   if (error != cudaSuccess) return error_text(error);
   cudaLaunchAttribute attributes[2];
   int count = 0;

@@ -159,6 +159,40 @@ FASTRNN_DEVICE void store_exchanged(void* address, Vec4 v, FASTRNN_SITE) {
   emulator::store_word(words + 3, v.w);
 }
 
+FASTRNN_DEVICE bool is_tagged(Vec4 v, uint32_t epoch) { return v.y == epoch && v.w == epoch; }
+
+FASTRNN_DEVICE Vec4 load_tagged(const void* address, FASTRNN_SITE) {
+  emulator::require_global(address, 16, "load_tagged", site);
+  const uint64_t* pairs = static_cast<const uint64_t*>(address);
+  uint64_t v[2];
+  for (int i = 0; i < 2; ++i) {
+    emulator::before_load(pairs + i);
+    v[i] = __atomic_load_n(pairs + i, __ATOMIC_RELAXED);
+  }
+  return {static_cast<uint32_t>(v[0]), static_cast<uint32_t>(v[0] >> 32), static_cast<uint32_t>(v[1]),
+          static_cast<uint32_t>(v[1] >> 32)};
+}
+
+FASTRNN_DEVICE Vec4 wait_tagged(const void* address, uint32_t epoch, FASTRNN_SITE) {
+  const uint32_t* words = static_cast<const uint32_t*>(address);
+  Vec4 v = load_tagged(address, site);
+  while (!is_tagged(v, epoch)) {
+    emulator::wait_at_least(words + (v.y == epoch ? 3 : 1), epoch, site);
+    v = load_tagged(address, site);
+  }
+  return v;
+}
+
+FASTRNN_DEVICE void store_tagged(void* address, Vec4 v, FASTRNN_SITE) {
+  emulator::require_global(address, 16, "store_tagged", site);
+  uint64_t* pairs = static_cast<uint64_t*>(address);
+  const uint64_t words[] = {static_cast<uint64_t>(v.y) << 32 | v.x, static_cast<uint64_t>(v.w) << 32 | v.z};
+  for (int i = 0; i < 2; ++i) {
+    __atomic_store_n(pairs + i, words[i], __ATOMIC_RELAXED);
+    emulator::after_store(reinterpret_cast<uint32_t*>(pairs + i) + 1);
+  }
+}
+
 FASTRNN_DEVICE void store_release(uint32_t* flag, uint32_t value, FASTRNN_SITE) {
   emulator::require_global(flag, 4, "store_release", site);
   emulator::release_stores();
