@@ -48,8 +48,8 @@ constexpr Shape shape(const Variant& v, int octets, int depths, int held, int ah
   return {octets, depths, held / fewer / taken * taken, taken};
 }
 constexpr Shape forward_product(const Variant& v) {
-  const int gates = first_gates(v.cell);
-  return gates == 1 ? shape(v, 1, 1, 16, 4) : shape(v, gates, 1, 6, gates == 4 ? 6 : 3);
+  const int gates = first_gates(v.cell), held = v.math == Math::float32 ? 4 : 6;
+  return gates == 1 ? shape(v, 1, 1, 16, 4) : shape(v, gates, 1, held, gates == 4 ? 6 : 3);
 }
 constexpr Shape backward_product(const Variant& v) {
   return shape(v, 1, first_gates(v.cell), gate_count(v.cell) == 1 ? 16 : v.cell == Cell::gru_reset_before ? 8 : 12, 4);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from fastrnn.backends import gpu, native
 from fastrnn.backends.call import RecurrenceCall
 from fastrnn.backends.gpu import Kept, Layout, Loop, LoopGradients, OutputGradients, Results, like_rows, time_strides
+from fastrnn.reference import CELLS
 
 CELL_INDEX = {"rnn_tanh": 0, "rnn_relu": 1, "lstm": 2, "gru": 3, "gru_reset_before": 4}
 _ELEMENT_SIZE = {"float16": 2, "bfloat16": 2, "tf32": 4, "float32": 4}
@@ -46,11 +48,13 @@ _STATE_BYTES = 48 * 1024
 _REGISTER_BYTES = 96 * 1024
 
 
-def pick(gates: int, math: str, hidden_size: int, batch: int, chip: Chip, states: int = 2) -> Tile | None:
+def pick(
+    gates: int, math: str, hidden_size: int, batch: int, chip: Chip, states: int = 2, directions: int = 1
+) -> Tile | None:
     """The tile with the least time per step by a model: exchange latency, bytes read from L2, rows one after another.
 
-    ``states``: floats that a block keeps of each row and unit. None: the hidden size is too large for all blocks to run
-    at once. The model's constants are estimates until a GPU has measured them (see docs/tuning.md).
+    ``states``: floats that a block keeps of each row and unit; ``directions``: 2 where both run at once. None: the
+    hidden size is too large for all blocks to run at once. The constants are estimates until a GPU has measured them.
     """
     padded = -(-hidden_size // 32) * 32
     size = _ELEMENT_SIZE[math]
@@ -58,7 +62,7 @@ def pick(gates: int, math: str, hidden_size: int, batch: int, chip: Chip, states
     for unit_groups in (1, 2, 4):
         units = UNIT_GROUP * unit_groups
         slices = padded // units
-        groups = min(chip.multiprocessors // slices, -(-batch // ROW_TILE))
+        groups = min(chip.multiprocessors // (directions * slices), -(-batch // ROW_TILE))
         if groups == 0:
             continue
         most = max(ROW_TILE, _STATE_BYTES // (4 * states * units) // ROW_TILE * ROW_TILE)
@@ -91,10 +95,15 @@ def reasons_against(call: RecurrenceCall) -> list[str]:
         return reasons
     if library.cuda_device_count() == 0:
         return [f"no usable CUDA device ({library.cuda_status()})"]
-    hidden = call.weight_hh.shape[1]
-    if pick(call.weight_hh.shape[0] // hidden, "float16", hidden, 1, _chip(call.x.device)) is None:
-        reasons.append(f"hidden size {hidden} needs more blocks than the device runs at once")
+    if not fits(call, 1):
+        reasons.append(f"hidden size {call.weight_hh.shape[1]} needs more blocks than the device runs at once")
     return reasons
+
+
+def fits(call: RecurrenceCall, directions: int) -> bool:
+    """Whether so many directions of a layer run on the chip at the same time."""
+    gates, hidden = CELLS[call.cell].gates, call.weight_hh.shape[1]
+    return pick(gates, "float16", hidden, 1, _chip(call.x.device), directions=directions) is not None
 
 
 @functools.cache
@@ -115,10 +124,9 @@ def _math(loop: Loop) -> str:
     return str(loop.dtype).removeprefix("torch.")
 
 
-def _tile(loop: Loop, states: int) -> Tile:
-    tile = pick(loop.gates, _math(loop), loop.hidden, loop.batch, _chip(loop.weight_hh.device), states)
-    assert tile is not None  # reasons_against has asked
-    return tile
+def _tile(loop: Loop, states: int, directions: int) -> Tile | None:
+    device = loop.weight_hh.device
+    return pick(loop.gates, _math(loop), loop.hidden, loop.batch, _chip(device), states, directions)
 
 
 def _padded(hidden: int) -> int:
@@ -188,24 +196,51 @@ def _scratch(loop: Loop, tile: Tile) -> tuple[Tensor, Tensor | None]:
     return like.new_empty(packed, dtype=torch.uint8), stats
 
 
-def _launch(function: Any, call: Any, loop: Loop, tile: Tile) -> None:
-    shape = (tile.unit_groups, tile.rows)
-    with _on(loop.weight_hh.device):
-        function([call], shape, torch.cuda.current_stream().cuda_stream if loop.weight_hh.device.type == "cuda" else 0)
+def _launch(function: Any, calls: Sequence[Any], tile: Tile, device: torch.device) -> None:
+    with _on(device):
+        stream = torch.cuda.current_stream().cuda_stream if device.type == "cuda" else 0
+        function(calls, (tile.unit_groups, tile.rows), stream)
 
 
 def loop_forward(loop: Loop, results: Results) -> None:
+    loops_forward([loop], [results])
+
+
+def loop_backward(loop: Loop, kept: Kept, given: OutputGradients) -> LoopGradients:
+    return loops_backward([loop], [kept], [given])[0]
+
+
+def loops_forward(loops: Sequence[Loop], results: Sequence[Results]) -> None:
+    """One or two loops of equal sizes, dtypes and options in one launch."""
     library: Any = native.load()
-    tile = _tile(loop, 2 if loop.cell == "lstm" else 1)
+    tile = _tile(loops[0], _forward_states(loops[0]), len(loops))
+    assert tile is not None  # fits() was asked
+    scratch: list[Any] = []  # that must outlive the launch
+    calls = [_forward_call(loop, result, tile, scratch) for loop, result in zip(loops, results, strict=True)]
+    _launch(library.cuda_forward, calls, tile, loops[0].weight_hh.device)
+
+
+def _forward_states(loop: Loop) -> int:
+    return 2 if loop.cell == "lstm" else 1
+
+
+def _sum_count(loop: Loop) -> int:
+    norms = (loop.norm_hh is not None, loop.norm_c is not None)
+    count: int = native.load().cuda_gradient_sums(CELL_INDEX[loop.cell], *norms, loop.peephole is not None)  # type: ignore[union-attr]
+    return count
+
+
+def _forward_call(loop: Loop, results: Results, tile: Tile, scratch: list[Any]) -> Any:
     packed, stats = _scratch(loop, tile)
     saved = results.saved
     h_in = saved["h_in"] if saved else loop.weight_hh.new_empty(loop.rows, _padded(loop.hidden))
     rh = None
     if loop.cell == "gru_reset_before":
         rh = saved["rh"] if saved else torch.empty_like(h_in)
+    scratch += packed, stats, h_in, rh
     gates_x, y = loop.gates_x, results.y
     assert gates_x is not None
-    call = library.CudaForward()
+    call = native.load().CudaForward()  # type: ignore[union-attr]
     _fill_problem(call.problem, loop)
     call.gates_x, call.gates_x_rows = gates_x.data_ptr(), _strides(gates_x)
     call.weight_hh, call.bias_hh = loop.weight_hh.data_ptr(), _address(loop.bias_hh)
@@ -217,63 +252,76 @@ def loop_forward(loop: Loop, results: Results) -> None:
     call.saved = _address(saved.get("activations"))
     call.c_all, call.c_rows = _address(results.c_all), _strides(results.c_all)
     call.norm_saved, call.deviations = _address(saved.get("normalized")), _address(saved.get("deviations"))
-    _launch(library.cuda_forward, call, loop, tile)
+    return call
 
 
-def loop_backward(loop: Loop, kept: Kept, given: OutputGradients) -> LoopGradients:
+def loops_backward(
+    loops: Sequence[Loop], kept: Sequence[Kept], given: Sequence[OutputGradients]
+) -> list[LoopGradients]:
+    """As loops_forward, for the gradients."""
     library: Any = native.load()
-    hidden, gates, batch = loop.hidden, loop.gates, loop.batch
-    padded, weight, saved = _padded(hidden), loop.weight_hh, kept.saved
-    sum_count = library.cuda_gradient_sums(
-        CELL_INDEX[loop.cell], loop.norm_hh is not None, loop.norm_c is not None, loop.peephole is not None
-    )
-    tile = _tile(loop, (2 if loop.cell == "lstm" else 1) + sum_count)
-    packed, stats = _scratch(loop, tile)
-    buffer = weight.new_empty(loop.rows, gates, padded)
-    dgates_x = None
-    if loop.cell == "gru" or loop.norm_hh is not None or padded != hidden:
-        dgates_x = like_rows(kept.y, gates * hidden)
-    dh0 = None if loop.h0 is None else weight.new_empty(batch, hidden, dtype=torch.float32)
-    dc0 = None if loop.c0 is None or loop.cell != "lstm" else weight.new_empty(batch, hidden, dtype=torch.float32)
-    sums = weight.new_empty(sum_count, batch, hidden, dtype=torch.float32) if sum_count else None
-    call = library.CudaBackward()
-    _fill_problem(call.problem, loop)
-    call.dy, call.dy_rows = _address(given.dy), _strides(given.dy)
-    call.dh_n, call.dc_n = _address(given.dh_n), _address(given.dc_n)
-    call.dc_all, call.dc_all_rows = _address(given.dc_all), _strides(given.dc_all)
-    call.weight_hh = weight.data_ptr()
-    call.h0, call.c0 = _address(loop.h0), _address(loop.c0)
-    call.y, call.y_rows = kept.y.data_ptr(), _strides(kept.y)
-    call.saved = saved["activations"].data_ptr()
-    call.c_all, call.c_rows = _address(kept.c_all), _strides(kept.c_all)
-    call.norm_saved, call.deviations = _address(saved.get("normalized")), _address(saved.get("deviations"))
-    call.packed_weight, call.stats = packed.data_ptr(), _address(stats)
-    call.dproduct = buffer.data_ptr()
-    call.dgates_x, call.dgates_x_rows = _address(dgates_x), _strides(dgates_x)
-    call.dh0, call.dc0, call.sums = _address(dh0), _address(dc0), _address(sums)
-    _launch(library.cuda_backward, call, loop, tile)
-
-    dproduct = _as_sequence(loop, buffer[..., :hidden].reshape(loop.rows, gates * hidden))
-    rh = saved.get("rh")
-    found = LoopGradients(
-        dproduct if dgates_x is None else dgates_x,
-        dproduct,
-        dh0,
-        dc0,
-        h_in=_as_sequence(loop, saved["h_in"][:, :hidden]),
-        rh=None if rh is None else _as_sequence(loop, rh[:, :hidden]),
-    )
-    if sums is not None:
-        totals = iter(sums.sum(1))  # the order of gradient_sums in csrc/cuda/recurrence.h
-        if loop.norm_hh is not None:
-            weights = torch.cat([next(totals) for _ in range(gates)])
-            found.norm_hh = weights, torch.cat([next(totals) for _ in range(gates)])
-        if loop.norm_c is not None:
-            found.norm_c = next(totals), next(totals)
-        if loop.peephole is not None:
-            found.peephole = torch.cat([next(totals) for _ in range(3)])
-    return found
+    tile = _tile(loops[0], _forward_states(loops[0]) + _sum_count(loops[0]), len(loops))
+    assert tile is not None
+    runs = [_Backward(*each, tile) for each in zip(loops, kept, given, strict=True)]
+    _launch(library.cuda_backward, [run.call for run in runs], tile, loops[0].weight_hh.device)
+    return [run.gradients() for run in runs]
 
 
-def _as_sequence(loop: Loop, rows: Tensor) -> Tensor:
-    return rows if loop.row_starts is not None else rows.unflatten(0, (loop.steps, loop.batch))
+class _Backward:
+    """One direction's part of a backward launch, and what its results mean."""
+
+    def __init__(self, loop: Loop, kept: Kept, given: OutputGradients, tile: Tile) -> None:
+        hidden, gates, batch = loop.hidden, loop.gates, loop.batch
+        padded, weight, saved = _padded(hidden), loop.weight_hh, kept.saved
+        self.loop, self.saved = loop, saved
+        self.packed, self.stats = _scratch(loop, tile)
+        self.dproduct = weight.new_empty(loop.rows, gates, padded)
+        self.dgates_x = None
+        if loop.cell == "gru" or loop.norm_hh is not None or padded != hidden:
+            self.dgates_x = like_rows(kept.y, gates * hidden)
+        self.dh0 = None if loop.h0 is None else weight.new_empty(batch, hidden, dtype=torch.float32)
+        has_c0 = loop.c0 is not None and loop.cell == "lstm"
+        self.dc0 = weight.new_empty(batch, hidden, dtype=torch.float32) if has_c0 else None
+        count = _sum_count(loop)
+        self.sums = weight.new_empty(count, batch, hidden, dtype=torch.float32) if count else None
+        self.call = call = native.load().CudaBackward()  # type: ignore[union-attr]
+        _fill_problem(call.problem, loop)
+        call.dy, call.dy_rows = _address(given.dy), _strides(given.dy)
+        call.dh_n, call.dc_n = _address(given.dh_n), _address(given.dc_n)
+        call.dc_all, call.dc_all_rows = _address(given.dc_all), _strides(given.dc_all)
+        call.weight_hh = weight.data_ptr()
+        call.h0, call.c0 = _address(loop.h0), _address(loop.c0)
+        call.y, call.y_rows = kept.y.data_ptr(), _strides(kept.y)
+        call.saved = saved["activations"].data_ptr()
+        call.c_all, call.c_rows = _address(kept.c_all), _strides(kept.c_all)
+        call.norm_saved, call.deviations = _address(saved.get("normalized")), _address(saved.get("deviations"))
+        call.packed_weight, call.stats = self.packed.data_ptr(), _address(self.stats)
+        call.dproduct = self.dproduct.data_ptr()
+        call.dgates_x, call.dgates_x_rows = _address(self.dgates_x), _strides(self.dgates_x)
+        call.dh0, call.dc0, call.sums = _address(self.dh0), _address(self.dc0), _address(self.sums)
+
+    def gradients(self) -> LoopGradients:
+        loop, gates, hidden = self.loop, self.loop.gates, self.loop.hidden
+        dproduct = self._sequence(self.dproduct[..., :hidden].reshape(loop.rows, gates * hidden))
+        rh = self.saved.get("rh")
+        found = LoopGradients(
+            dproduct if self.dgates_x is None else self.dgates_x,
+            dproduct,
+            self.dh0,
+            self.dc0,
+            h_in=self._sequence(self.saved["h_in"][:, :hidden]),
+            rh=None if rh is None else self._sequence(rh[:, :hidden]),
+        )
+        if self.sums is not None:
+            totals = iter(self.sums.sum(1))  # in the order of gradient_sums in csrc/cuda/recurrence.h
+            if loop.norm_hh is not None:
+                weight = torch.cat([next(totals) for _ in range(gates)])
+                found.norm_hh = weight, torch.cat([next(totals) for _ in range(gates)])
+            if loop.norm_c is not None:
+                found.norm_c = next(totals), next(totals)
+            if loop.peephole is not None:
+                found.peephole = torch.cat([next(totals) for _ in range(3)])
+        return found
+
+    def _sequence(self, rows: Tensor) -> Tensor:
+        return rows if self.loop.row_starts is not None else rows.unflatten(0, (self.loop.steps, self.loop.batch))

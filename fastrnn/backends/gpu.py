@@ -155,6 +155,16 @@ class LoopModule(Protocol):
     def loop_backward(self, loop: Loop, kept: Kept, given: OutputGradients) -> LoopGradients:
         """Likewise, for the gradients."""
 
+    # Only of a back end for which ops.recurrence asks for both directions of a layer at once.
+
+    def loops_forward(self, loops: Sequence[Loop], results: Sequence[Results]) -> None:
+        """loop_forward of loops of equal sizes, dtypes and options, at the same time."""
+
+    def loops_backward(
+        self, loops: Sequence[Loop], kept: Sequence[Kept], given: Sequence[OutputGradients]
+    ) -> list[LoopGradients]:
+        """loop_backward likewise."""
+
 
 NAMES = ("cuda", "triton")  # of the back ends that have these functions
 
@@ -166,7 +176,7 @@ def module(backend: str) -> LoopModule:
 
 def precision() -> str:
     """How torch multiplies float32 matrices on a GPU, in the words of `Loop`."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def time_strides(sequence: Tensor) -> tuple[int, int]:
@@ -351,8 +361,35 @@ def norm_groups(cell: str) -> tuple[int, ...]:
     return CELLS[cell.removesuffix("_reset_before")].norm_groups
 
 
-def forward(
-    backend: str,
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def forward(backend: str, *arguments: Any) -> Outputs:
+    """As cpu.forward, on the back end of this name."""
+    return forwards(backend, [arguments])[0]
+
+
+def backward(backend: str, *arguments: Any) -> tuple[Tensor, ...]:
+    """As cpu.backward, on the back end of this name."""
+    return backwards(backend, [arguments])[0]
+
+
+def forwards(backend: str, calls: Sequence[tuple[Any, ...]]) -> list[Outputs]:
+    """`forward` of each; several have equal sizes, dtypes and options, and the back end runs them at once."""
+    loops = module(backend)
+    begun = [_begin_forward(loops, *arguments) for arguments in calls]
+    if begun[0][0].rows > 0:
+        with _without_autocast(begun[0][2][0]):
+            given = [loop for loop, _, _ in begun], [results for _, results, _ in begun]
+            if len(calls) == 1:
+                loops.loop_forward(given[0][0], given[1][0])
+            else:
+                loops.loops_forward(*given)
+    return [outputs for _, _, outputs in begun]
+
+
+def _begin_forward(
+    loops: LoopModule,
     cell: str,
     x: Tensor,
     weight_ih: Tensor | None,
@@ -371,9 +408,8 @@ def forward(
     reverse: bool,
     save: bool,
     cell_states: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As cpu.forward, on the back end of this name."""
-    loops = module(backend)
+) -> tuple[Loop, Results, Outputs]:
+    """Everything before the loop over time: what it is given, where it writes, and what that is to the caller."""
     x = _with_unit_stride(x)
     options = (lengths, batch_sizes, resets, recurrent_mask, zoneout, zoneout_seed, reverse)
     with _without_autocast(x):
@@ -388,20 +424,48 @@ def forward(
         if loop.rows == 0:
             for state, initial in ((h_n, loop.h0), (c_n, loop.c0)):
                 state.zero_() if initial is None else state.copy_(initial)
+        elif weight_ih is not None and parameters[0] is None and loop.steps == 1 and loops.projects(loop):
+            loop.x, loop.weight_ih = x, weight_ih.to(x.dtype).contiguous()
+            loop.bias_ih = _as(bias_ih, torch.float32)
         else:
-            if weight_ih is not None and parameters[0] is None and loop.steps == 1 and loops.projects(loop):
-                loop.x, loop.weight_ih = x, weight_ih.to(x.dtype).contiguous()
-                loop.bias_ih = _as(bias_ih, torch.float32)
+            norm = None if parameters[0] is None else (parameters[0], cast(Tensor, parameters[1]))
+            loop.gates_x = _with_unit_stride(_project(x, weight_ih, bias_ih, norm, norm_groups(cell)))
+        results = Results(y, h_n, c_n if lstm else None, c_all, _views(saved, layout))
+    return loop, results, (y, h_n, c_n, saved, x.new_empty(0, dtype=torch.float32) if c_all is None else c_all)
+
+
+def backwards(backend: str, calls: Sequence[tuple[Any, ...]]) -> list[tuple[Tensor, ...]]:
+    """`backward` of each, as `forwards`."""
+    loops = module(backend)
+    begun = [_begin_backward(loops, *arguments) for arguments in calls]
+    found: Sequence[LoopGradients | None] = [None] * len(calls)
+    if begun[0].loop.rows > 0:
+        with _without_autocast(begun[0].x):
+            if len(calls) == 1:
+                found = [loops.loop_backward(begun[0].loop, begun[0].kept, begun[0].given)]
             else:
-                norm = None if parameters[0] is None else (parameters[0], cast(Tensor, parameters[1]))
-                loop.gates_x = _with_unit_stride(_project(x, weight_ih, bias_ih, norm, norm_groups(cell)))
-            results = Results(y, h_n, c_n if lstm else None, c_all, _views(saved, layout))
-            loops.loop_forward(loop, results)
-    return y, h_n, c_n, saved, x.new_empty(0, dtype=torch.float32) if c_all is None else c_all
+                found = loops.loops_backward([b.loop for b in begun], [b.kept for b in begun], [b.given for b in begun])
+    return [_end_backward(b, gradients) for b, gradients in zip(begun, found, strict=True)]
 
 
-def backward(
-    backend: str,
+@dataclass(slots=True)
+class _Begun:
+    """A backward call as far as the loop over time."""
+
+    loop: Loop
+    kept: Kept
+    given: OutputGradients
+    x: Tensor
+    weight_ih: Tensor | None
+    weight_hh: Tensor
+    parameters: Sequence[Tensor | None]
+    needs: list[bool]
+    dh_n: Tensor | None
+    dc_n: Tensor | None
+
+
+def _begin_backward(
+    loops: LoopModule,
     cell: str,
     dy: Tensor | None,
     dh_n: Tensor | None,
@@ -424,20 +488,11 @@ def backward(
     saved: Tensor,
     c_all: Tensor,
     needs: list[bool],
-) -> tuple[Tensor, ...]:
-    """As cpu.backward, on the back end of this name."""
-    loops = module(backend)
+) -> _Begun:
     x = _with_unit_stride(x)
     options = (lengths, batch_sizes, resets, recurrent_mask, zoneout, zoneout_seed, reverse)
     with _without_autocast(x):
         loop = _loop(cell, x, weight_hh, None, h0, c0, parameters, *options)
-        if loop.rows == 0:
-            found = _new_gradients(x, weight_hh, loop.hidden, loop.batch, needs)
-            for index, gradient in enumerate(found):
-                passed = dh_n if index == 5 else dc_n if index == 6 else None  # T = 0 hands the initial states through
-                if gradient is not None:
-                    gradient.zero_() if passed is None else gradient.copy_(passed)
-            return tuple(x.new_empty(0) if gradient is None else gradient for gradient in found)
         kept = Kept(y, c_all if cell == "lstm" else None, _views(saved, loops.saved_layout(loop)))
         given = OutputGradients(
             None if dy is None else _with_unit_stride(dy),
@@ -445,7 +500,22 @@ def backward(
             _as(dc_n, x.dtype),
             None if dc_all is None else _with_unit_stride(dc_all.float()),
         )
-        found = _finish(loop, kept, loops.loop_backward(loop, kept, given), x, weight_ih, parameters, needs)
+    return _Begun(loop, kept, given, x, weight_ih, weight_hh, parameters, needs, dh_n, dc_n)
+
+
+def _end_backward(begun: _Begun, gradients: LoopGradients | None) -> tuple[Tensor, ...]:
+    x, weight_hh, needs = begun.x, begun.weight_hh, begun.needs
+    with _without_autocast(x):
+        if gradients is None:
+            found = _new_gradients(x, weight_hh, begun.loop.hidden, begun.loop.batch, needs)
+            for index, gradient in enumerate(found):
+                # T = 0 hands the initial states through.
+                passed = begun.dh_n if index == 5 else begun.dc_n if index == 6 else None
+                if gradient is not None:
+                    gradient.zero_() if passed is None else gradient.copy_(passed)
+        else:
+            arguments = (x, begun.weight_ih, begun.parameters, weight_hh.dtype, needs)
+            found = _finish(begun.loop, begun.kept, gradients, *arguments)
     return tuple(
         x.new_empty(0) if gradient is None else gradient.to(x.dtype if index in (0, 5, 6) else weight_hh.dtype)
         for index, gradient in enumerate(found)
@@ -459,6 +529,7 @@ def _finish(
     x: Tensor,
     weight_ih: Tensor | None,
     parameters: Sequence[Tensor | None],
+    weight_dtype: torch.dtype,
     needs: list[bool],
 ) -> list[Tensor | None]:
     """The gradients of RecurrenceCall.inputs, from those of the loop."""
@@ -472,37 +543,41 @@ def _finish(
     if needs[0]:
         gradients[0] = _as_sequence(dlinear if weight_ih is None else dlinear @ weight_ih.to(x.dtype), x)
     if needs[1]:
-        gradients[1] = _weight_gradient(dlinear, _as_rows(x, x))
+        gradients[1] = _weight_gradient(dlinear, _as_rows(x, x), weight_dtype)
     if needs[2]:
-        gradients[2] = _recurrent_weight_gradient(loop, kept, found)
-    if needs[3] or needs[8]:
-        gradients[3] = gradients[8] = sum_of_rows(found.dgates_x)
+        gradients[2] = _recurrent_weight_gradient(loop, kept, found, weight_dtype)
+    if needs[3] or needs[8]:  # A bias and the norm's before it; an operator's results may not share memory.
+        shift = sum_of_rows(found.dgates_x)
+        gradients[3], gradients[8] = shift, shift.clone() if needs[3] else shift
     if needs[4]:
-        gradients[4] = sum_of_rows(found.dproduct) if found.norm_hh is None else found.norm_hh[1]
+        gradients[4] = sum_of_rows(found.dproduct) if found.norm_hh is None else found.norm_hh[1].clone()
     gradients[5], gradients[6], gradients[7] = found.dh0, found.dc0, gain
     gradients[9:11] = found.norm_hh or (None, None)
     gradients[11:13] = found.norm_c or (None, None)
     gradients[13] = found.peephole
     if needs[14]:
         dprojected, projected = cast(Tensor, found.dprojected), cast(Tensor, found.projected)
-        gradients[14] = _weight_gradient(_as_rows(dprojected, dprojected), _as_rows(projected, dprojected))
+        rows = _as_rows(dprojected, dprojected), _as_rows(projected, dprojected)
+        gradients[14] = _weight_gradient(*rows, weight_dtype)
     return [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
 
 
-def _weight_gradient(dproduct: Tensor, factor: Tensor) -> Tensor:
-    """dproduct^T factor, summed over rows in float32."""
+def _weight_gradient(dproduct: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """dproduct^T factor, summed over rows in float32 and, on a GPU, not rounded to less than the weight's dtype."""
+    if dproduct.is_cuda and dtype is torch.float32 and dproduct.dtype is not dtype:
+        return torch.mm(dproduct.T, factor, out_dtype=dtype)
     return dproduct.T @ factor
 
 
-def _recurrent_weight_gradient(loop: Loop, kept: Kept, found: LoopGradients) -> Tensor:
+def _recurrent_weight_gradient(loop: Loop, kept: Kept, found: LoopGradients, dtype: torch.dtype) -> Tensor:
     h_in = fed_states(loop, kept.y) if found.h_in is None else found.h_in
     dproduct = _as_rows(found.dproduct, h_in)
     rows = _as_rows(h_in, h_in)
     if found.rh is None:
-        return _weight_gradient(dproduct, rows)
+        return _weight_gradient(dproduct, rows, dtype)
     split = 2 * loop.hidden
-    rh = _as_rows(found.rh, h_in)
-    return torch.cat([_weight_gradient(dproduct[:, :split], rows), _weight_gradient(dproduct[:, split:], rh)])
+    first = _weight_gradient(dproduct[:, :split], rows, dtype)
+    return torch.cat([first, _weight_gradient(dproduct[:, split:], _as_rows(found.rh, h_in), dtype)])
 
 
 def sum_of_rows(sequence: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fastrnn.backends import RecurrenceCall
 from fastrnn.nn.options import WithOptions, draw_seed
 from fastrnn.ops.dropout import dropout
-from fastrnn.ops.recurrence import decide, run_on
+from fastrnn.ops.recurrence import decide, run_together
 
 
 class Layers(WithOptions, torch.nn.RNNBase):
@@ -89,19 +89,18 @@ class Layers(WithOptions, torch.nn.RNNBase):
             if layer and self.dropout and self.training:
                 # Drawn in the order of time steps, as torch does, so that the same seed drops the same units.
                 x = torch.dropout(x.contiguous(), self.dropout, True)
-            outputs = []
-            for index in range(layer * directions, (layer + 1) * directions):
-                call = self._call(index, x, states[index], lengths, batch_sizes, resets)
-                picked = decide(call, self.backend)
-                if picked == "aten" and index == 0 and not self.residual and not self.weight_dropout:
-                    return super().forward(input, hx)
-                y, h_n, c_n, c_all = run_on(call, picked)
-                outputs.append((y, c_all))
-                finals.append((h_n, c_n))
+            indices = range(layer * directions, (layer + 1) * directions)
+            calls = [self._call(index, x, states[index], lengths, batch_sizes, resets) for index in indices]
+            picked = [decide(call, self.backend) for call in calls]
+            if picked[0] == "aten" and layer == 0 and not self.residual and not self.weight_dropout:
+                return super().forward(input, hx)
+            results = run_together(calls, picked)
+            finals += [(h_n, c_n) for _, h_n, c_n, _ in results]
+            outputs = [(y, c_all) for y, _, _, c_all in results]
             y, c_all = outputs[0] if directions == 1 else map(_concatenate, *outputs)
             x = y + x if self.residual and layer else y
 
-        results: list[Any] = []
+        returned: list[Any] = []
         for sequence in (x, c_all) if self.return_cell_states else (x,):
             if packed:
                 sequence = PackedSequence(sequence, batch_sizes, sorted_indices, unsorted_indices)
@@ -109,10 +108,10 @@ class Layers(WithOptions, torch.nn.RNNBase):
                 sequence = sequence.squeeze(1)
             elif batch_first:
                 sequence = sequence.transpose(0, 1)
-            results.append(sequence)
+            returned.append(sequence)
         stacked = [_stack(final, unbatched, unsorted_indices) for final in zip(*finals) if final[0] is not None]
-        results.insert(1, tuple(stacked) if len(stacked) > 1 else stacked[0])
-        return tuple(results)
+        returned.insert(1, tuple(stacked) if len(stacked) > 1 else stacked[0])
+        return tuple(returned)
 
     def _states(self, hx: Any, unbatched: bool, sorted_indices: Tensor | None) -> list[tuple[Any, Any]]:
         """h0 [B, P] and c0 [B, H] (or None) of each layer and direction."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from fastrnn import backends
-from fastrnn.backends import Norm, RecurrenceCall, aten, cpu, gpu, reference
+from fastrnn.backends import Norm, RecurrenceCall, aten, cpu, cuda, gpu, reference
 from fastrnn.reference import CELLS
 
 Result = tuple[Tensor, Tensor, Tensor | None]
@@ -323,12 +324,27 @@ def run_step(call: RecurrenceCall, picked: str) -> tuple[Tensor, Tensor | None]:
     return h, c
 
 
-def run_on(call: RecurrenceCall, picked: str) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+BackendResult = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+
+
+def run_on(call: RecurrenceCall, picked: str) -> BackendResult:
     """A checked call on the back end that `backends.choose` has picked: y, h_n, c_n, every c_t (where asked for)."""
     if picked == "aten":
         return aten.run(call)
     if picked == "reference":
         return reference.run(call)
+    cell, inputs, options = _prepare(call, picked)
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs):
+        y, h_n, c_n, c_all = _Recurrence.apply(picked, cell, call.return_cell_states, *inputs, *options)
+    else:
+        y, h_n, c_n, _, c_all = _forward(
+            picked, cell, *inputs[:7], inputs[7:], *options, False, call.return_cell_states
+        )
+    return _finish(call, y, h_n, c_n, c_all)
+
+
+def _prepare(call: RecurrenceCall, picked: str) -> tuple[str, tuple[Tensor | None, ...], tuple[Any, ...]]:
+    """The cell, inputs and options of a call as the launchers take them."""
     lengths = call.lengths
     if lengths is not None:
         # On a GPU they stay there, or go there, without the host waiting for it.
@@ -348,13 +364,10 @@ def run_on(call: RecurrenceCall, picked: str) -> tuple[Tensor, Tensor, Tensor | 
         call.zoneout_seed,
         call.reverse,
     )
-    cell = call.cell if call.reset_after else "gru_reset_before"
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs):
-        y, h_n, c_n, c_all = _Recurrence.apply(picked, cell, call.return_cell_states, *inputs, *options)
-    else:
-        y, h_n, c_n, _, c_all = _forward(
-            picked, cell, *inputs[:7], inputs[7:], *options, False, call.return_cell_states
-        )
+    return call.cell if call.reset_after else "gru_reset_before", inputs, options
+
+
+def _finish(call: RecurrenceCall, y: Tensor, h_n: Tensor, c_n: Tensor, c_all: Tensor) -> BackendResult:
     lstm = call.cell == "lstm"
     cell_states = c_all.to(y.dtype) if lstm and call.return_cell_states else None
     if call.cell == "gru" and y.dtype != call.x.dtype:
@@ -362,6 +375,29 @@ def run_on(call: RecurrenceCall, picked: str) -> tuple[Tensor, Tensor, Tensor | 
         state = call.x if call.h0 is None else call.h0
         y, h_n = y.to(state.dtype), h_n.to(state.dtype)
     return y, h_n, c_n if lstm else None, cell_states
+
+
+def run_together(calls: Sequence[RecurrenceCall], picked: Sequence[str]) -> list[BackendResult]:
+    """`run_on` for the directions of a layer; at the same time where the back end can."""
+    together = len(calls) == 2 and all(name == "cuda" for name in picked) and not _use_registered_op()
+    if not together or not _are_alike(*calls) or not cuda.fits(calls[0], 2):
+        return [run_on(call, name) for call, name in zip(calls, picked)]
+    prepared = [_prepare(call, "cuda") for call in calls]
+    cell, cell_states = prepared[0][0], calls[0].return_cell_states
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for _, inputs, _ in prepared for t in inputs):
+        arguments = [argument for _, inputs, options in prepared for argument in (*inputs, *options)]
+        outputs = _Directions.apply(cell, cell_states, *arguments)
+        results = [outputs[:4], outputs[4:]]
+    else:
+        arguments = [(cell, *inputs[:7], inputs[7:], *options, False, cell_states) for _, inputs, options in prepared]
+        results = [(y, h_n, c_n, c_all) for y, h_n, c_n, _, c_all in gpu.forwards("cuda", arguments)]
+    return [_finish(call, *result) for call, result in zip(calls, results)]
+
+
+def _are_alike(first: RecurrenceCall, second: RecurrenceCall) -> bool:
+    """Whether two calls of one layer differ in their direction and in the values of tensors alone."""
+    inputs = first.inputs(), second.inputs()
+    return all((a is None) == (b is None) and (a is None or b is None or a.shape == b.shape) for a, b in zip(*inputs))
 
 
 def _autocast(inputs: tuple[Tensor | None, ...], dtype: torch.dtype) -> tuple[Tensor | None, ...]:
@@ -437,6 +473,58 @@ class _Recurrence(torch.autograd.Function):
             all_found = _backward(ctx.backend, ctx.cell, *gradients, *inputs, *options, *ctx.scalars, *kept)
             found = [gradient if need else None for gradient, need in zip(all_found, needs, strict=True)]
         return None, None, None, *found, *[None] * 7
+
+
+class _Directions(torch.autograd.Function):
+    """As _Recurrence on the back end cuda, for both directions of a layer at once."""
+
+    @staticmethod
+    def forward(ctx: Any, cell: str, cell_states: bool, *arguments: Any) -> tuple[Tensor | None, ...]:
+        half = len(arguments) // 2
+        calls: list[tuple[Any, ...]] = []
+        kept: list[Tensor | None] = []
+        scalars = []
+        for call in (arguments[:half], arguments[half:]):
+            inputs, options = call[:_INPUT_COUNT], call[_INPUT_COUNT:]
+            calls.append((cell, *inputs[:7], inputs[7:], *options, True, cell_states))
+            kept += inputs + options[:4]
+            scalars.append(options[4:])
+        results: list[Tensor | None] = []
+        for y, h_n, c_n, saved, c_all in gpu.forwards("cuda", calls):
+            results += y, h_n, c_n, c_all if cell_states and cell == "lstm" else None
+            kept += y.clone(), saved, c_all
+            if cell != "lstm":
+                ctx.mark_non_differentiable(c_n)
+        ctx.cell, ctx.scalars, ctx.given = cell, scalars, half - 3
+        ctx.save_for_backward(*kept)
+        ctx.set_materialize_grads(False)
+        return tuple(results)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        kept = ctx.saved_tensors
+        results: list[Any] = [None, None]
+        calls, all_needs = [], []
+        for direction in range(2):
+            given = list(gradients[4 * direction :][:4])
+            if ctx.cell != "lstm":
+                given[2:] = None, None
+            tensors = list(kept[direction * ctx.given :][: ctx.given])
+            outputs = kept[2 * ctx.given + 3 * direction :][:3]
+            needs = ctx.needs_input_grad[2 + direction * (ctx.given + 3) :][:_INPUT_COUNT]
+            all_needs.append(needs)
+            if torch.is_grad_enabled():
+                results += _differentiable_gradients(ctx.cell, tensors, ctx.scalars[direction], tuple(given), needs)
+                results += [None] * 7
+                continue
+            x, weight_ih, weight_hh, _, _, h0, c0 = tensors[:7]
+            inputs = (x, weight_ih, weight_hh, h0, c0, tensors[7:_INPUT_COUNT], *tensors[_INPUT_COUNT:])
+            calls.append((ctx.cell, *given, *inputs, *ctx.scalars[direction], *outputs, list(needs)))
+        if calls:
+            for found, needs in zip(gpu.backwards("cuda", calls), all_needs):
+                results += [gradient if need else None for gradient, need in zip(found, needs, strict=True)]
+                results += [None] * 7
+        return tuple(results)
 
 
 def _differentiable_gradients(
