@@ -10,11 +10,21 @@
 namespace fastrnn::cuda {
 namespace {
 
-// What the backward pass reads of one cell at one step, loaded before it waits for others.
+// What the backward pass reads of one cell at one step, loaded before it waits for others,
+// converted where it is used: a conversion before would wait for the load.
+template <Math math, Cell cell>
+struct Loaded {
+  Element<math> slots[saved_slots(cell)], dy;
+  float dc;                    // gradient of c from outside
+  Element<math> h_previous;    // GRU; or c0, LSTM
+  float c_previous;            // LSTM
+  bool initial;                // the state before is the initial one
+  uint8_t reset, reset_after;  // of this step and the one after
+};
+
 template <Cell cell>
 struct KeptCell {
   float slots[saved_slots(cell)];
-  float dy, dc;      // what comes in from outside
   float h_previous;  // GRU
   float c_previous;  // LSTM
 };
@@ -65,11 +75,11 @@ FASTRNN_KERNEL void __launch_bounds__(kThreads, 1) backward_kernel(const __grid_
   int first_chunk, second_chunk;
   const int own_chunks = share_of(kFirst * gate_chunks, first_chunk);
   const int second_chunks = kBefore ? share_of(gate_chunks, second_chunk) : (second_chunk = 0);
-  const Product<math, kProduct.octets, kProduct.held, kProduct.ahead> product(
+  const Product<math, kProduct.octets, kProduct.held> product(
       packed + unit_group * kFirst * gate_chunks * kWarpSize, first_chunk, own_chunks,
       shared_weights + warp * launch.shared_chunks[0] * kWarpSize, launch.shared_chunks[0]);
   // Of n's gradients, with the reset before the product. Of the other cells the compiler drops it.
-  const Product<math, kSecond.octets, kSecond.held, kSecond.ahead> second(
+  const Product<math, kSecond.octets, kSecond.held> second(
       packed + (padded / kUnitGroup * kFirst + unit_group) * gate_chunks * kWarpSize, second_chunk, second_chunks,
       shared_weights + (kWarps * launch.shared_chunks[0] + warp * launch.shared_chunks[1]) * kWarpSize,
       launch.shared_chunks[1]);
@@ -104,33 +114,34 @@ FASTRNN_KERNEL void __launch_bounds__(kThreads, 1) backward_kernel(const __grid_
     const bool first = step == problem.steps - 1;
     if (step < 0 && !a.dh0 && !a.dc0) break;
     for (int tile = 0; tile < tiles; ++tile) {
-      KeptCell<cell> kept[kCells];
-      bool active[kCells], reset_after[kCells];
+      Loaded<math, cell> loaded[kCells];
+      bool active[kCells];
 #pragma unroll
       for (int k = 0; k < kCells; ++k) {
         const CellPlace place(block, problem, tile, k);
         active[k] = step >= 0 && place.used && is_active(problem, t, place.b);
-        reset_after[k] = place.used && !first && is_reset(problem, time(step + 1), place.b);
-        kept[k] = {};
+        loaded[k] = {};
+        if (place.used && !first) loaded[k].reset_after = reset_byte(problem, time(step + 1), place.b);
         if (!active[k]) continue;
         const T* saved = static_cast<const T*>(a.saved) + kept_row(problem, t, place.b) * kSlots * hidden + place.unit;
 #pragma unroll
-        for (int slot = 0; slot < kSlots; ++slot) kept[k].slots[slot] = to_float(saved[slot * hidden]);
-        kept[k].dy = a.dy ? at<T>(a.dy, row_offset(problem, a.dy_rows, t, place.b) + place.unit) : 0;
+        for (int slot = 0; slot < kSlots; ++slot) loaded[k].slots[slot] = saved[slot * hidden];
+        if (a.dy) loaded[k].dy = static_cast<const T*>(a.dy)[row_offset(problem, a.dy_rows, t, place.b) + place.unit];
         if constexpr (kLstm || kGru) {
-          // The state before the step: 0 after a reset, else what the step before gave out, else the initial state.
-          const bool initial = step == 0 || !is_active(problem, time(step - 1), place.b);
+          // The state before the step: what the step before gave out, or the initial one.
           const int64_t index = place.b * hidden + place.unit;
-          if constexpr (kLstm)
-            kept[k].dc = at<float>(a.dc_all, row_offset(problem, a.dc_all_rows, t, place.b) + place.unit);
-          if (is_reset(problem, t, place.b)) continue;
-          if constexpr (kLstm)
-            kept[k].c_previous = initial ? at<T>(a.c0, index)
-                                         : a.c_all[row_offset(problem, a.c_rows, time(step - 1), place.b) + place.unit];
-          else
-            kept[k].h_previous = initial
-                                     ? at<T>(a.h0, index)
-                                     : at<T>(a.y, row_offset(problem, a.y_rows, time(step - 1), place.b) + place.unit);
+          loaded[k].reset = reset_byte(problem, t, place.b);
+          loaded[k].initial = step == 0 || !is_active(problem, time(step - 1), place.b);
+          const void* const initial = kLstm ? a.c0 : a.h0;
+          if (loaded[k].initial) {
+            if (initial) loaded[k].h_previous = static_cast<const T*>(initial)[index];
+          } else if constexpr (kLstm) {
+            loaded[k].c_previous = a.c_all[row_offset(problem, a.c_rows, time(step - 1), place.b) + place.unit];
+          } else {
+            loaded[k].h_previous =
+                static_cast<const T*>(a.y)[row_offset(problem, a.y_rows, time(step - 1), place.b) + place.unit];
+          }
+          if (kLstm && a.dc_all) loaded[k].dc = a.dc_all[row_offset(problem, a.dc_all_rows, t, place.b) + place.unit];
         }
       }
 
@@ -153,7 +164,8 @@ FASTRNN_KERNEL void __launch_bounds__(kThreads, 1) backward_kernel(const __grid_
         if (!place.exists) continue;
         float through[1] = {};
         if (!first) Parts<1>::get(met, share, place.row_in_tile, place.unit_in_block, through);
-        if (!place.used || reset_after[k]) continue;
+        if (!place.used) continue;
+        if (loaded[k].reset_after && is_active(problem, time(step + 1), place.b)) continue;
         dh[k] = dh_states[place.state] + through[0] * mask_of(problem, place.b, place.unit);
         if constexpr (kLstm) dc[k] = dc_states[place.state];
       }
@@ -168,6 +180,16 @@ FASTRNN_KERNEL void __launch_bounds__(kThreads, 1) backward_kernel(const __grid_
         continue;
       }
 
+      KeptCell<cell> kept[kCells];
+#pragma unroll
+      for (int k = 0; k < kCells; ++k) {
+#pragma unroll
+        for (int slot = 0; slot < kSlots; ++slot) kept[k].slots[slot] = to_float(loaded[k].slots[slot]);
+        const float initial_or_h = loaded[k].reset ? 0 : to_float(loaded[k].h_previous);
+        kept[k].h_previous = initial_or_h;
+        kept[k].c_previous = loaded[k].initial ? initial_or_h : loaded[k].reset ? 0 : loaded[k].c_previous;
+      }
+
       // dh, dc: of the state after the step; then of what the cell made, and `old_..` of the state before.
       float old_h[kCells], old_c[kCells], tanh_c[kCells] = {};
 #pragma unroll
@@ -180,8 +202,8 @@ FASTRNN_KERNEL void __launch_bounds__(kThreads, 1) backward_kernel(const __grid_
           dh[k] = dc[k] = 0;
           continue;
         }
-        dh[k] += kept[k].dy;
-        dc[k] += kept[k].dc;
+        dh[k] += to_float(loaded[k].dy);
+        dc[k] += loaded[k].dc;
         old_h[k] = zoneout.split(0, t, place.b, place.unit, dh[k]);
         if constexpr (kLstm) old_c[k] = zoneout.split(1, t, place.b, place.unit, dc[k]);
       }

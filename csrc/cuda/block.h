@@ -36,8 +36,10 @@ struct CellPlace {
   FASTRNN_DEVICE CellPlace(const Block& block, const Problem& problem, int tile, int k)
       : in_tile(threadIdx.x + k * kThreads),
         exists(in_tile < block.share.units * static_cast<int>(kRowTile)),
-        unit_in_block(in_tile % block.share.units),
-        row_in_tile(in_tile / block.share.units),
+        unit_in_block(in_tile & (block.share.units - 1)),
+        row_in_tile(in_tile >> (block.share.units == 8    ? 3
+                                : block.share.units == 16 ? 4
+                                                          : 5)),
         state(tile * block.share.units * static_cast<int>(kRowTile) + in_tile),
         b(block.row_begin + tile * kRowTile + row_in_tile),
         unit(block.unit_begin + unit_in_block),
@@ -78,9 +80,13 @@ FASTRNN_DEVICE bool is_present(const Problem& problem, int64_t t, int64_t b) {
   return !problem.row_starts || is_active(problem, t, b);
 }
 
+// The byte alone, so that it can be loaded long before it is looked at.
+FASTRNN_DEVICE uint8_t reset_byte(const Problem& problem, int64_t t, int64_t b) {
+  return problem.resets ? problem.resets[t * problem.reset_strides.stride_t + b * problem.reset_strides.stride_b] : 0;
+}
+
 FASTRNN_DEVICE bool is_reset(const Problem& problem, int64_t t, int64_t b) {
-  return problem.resets && problem.resets[t * problem.reset_strides.stride_t + b * problem.reset_strides.stride_b] &&
-         is_active(problem, t, b);
+  return reset_byte(problem, t, b) && is_active(problem, t, b);
 }
 
 FASTRNN_DEVICE float mask_of(const Problem& problem, int64_t b, int64_t unit) {

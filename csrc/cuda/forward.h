@@ -40,11 +40,11 @@ FASTRNN_KERNEL void __launch_bounds__(kThreads, 1) forward_kernel(const __grid_c
   const int part_chunks = (chunks + share.parts - 1) / share.parts, first_chunk = share.part * part_chunks;
   const int own_chunks = chunks - first_chunk < part_chunks ? chunks - first_chunk : part_chunks;
   const Vec4* const packed = static_cast<const Vec4*>(a.packed_weight);
-  const Product<math, kProduct.octets, kProduct.held, kProduct.ahead> product(
+  const Product<math, kProduct.octets, kProduct.held> product(
       packed + unit_group * chunks * kFirst * kWarpSize, first_chunk, own_chunks,
       shared_weights + warp * launch.shared_chunks[0] * kFirst * kWarpSize, launch.shared_chunks[0]);
   // Of the other cells the compiler drops it.
-  const Product<math, kSecond.octets, kSecond.held, kSecond.ahead> second(
+  const Product<math, kSecond.octets, kSecond.held> second(
       packed + (padded / kUnitGroup * kFirst + unit_group) * chunks * kWarpSize, first_chunk, kBefore ? own_chunks : 0,
       shared_weights + (kWarps * launch.shared_chunks[0] * kFirst + warp * launch.shared_chunks[1]) * kWarpSize,
       launch.shared_chunks[1]);
@@ -84,17 +84,18 @@ FASTRNN_KERNEL void __launch_bounds__(kThreads, 1) forward_kernel(const __grid_c
     const bool last = step + 1 == problem.steps;
     for (int tile = 0; tile < tiles; ++tile) {
       // Loads that need nobody's result come before the wait for others.
-      float x[kCells][kGates];
-      bool active[kCells], reset_next[kCells];
+      T raw_x[kCells][kGates];  // converted where they are used: a conversion here would wait for the load
+      uint8_t reset_next[kCells];
+      bool active[kCells];
 #pragma unroll
       for (int k = 0; k < kCells; ++k) {
         const CellPlace place(block, problem, tile, k);
         active[k] = place.used && is_active(problem, t, place.b);
-        reset_next[k] = place.used && !last && is_reset(problem, time(step + 1), place.b);
+        reset_next[k] = place.used && !last ? reset_byte(problem, time(step + 1), place.b) : 0;
         const T* row = static_cast<const T*>(a.gates_x);
         if (active[k]) row += row_offset(problem, a.gates_x_rows, t, place.b) + place.unit;
 #pragma unroll
-        for (int gate = 0; gate < kGates; ++gate) x[k][gate] = active[k] ? to_float(row[gate * hidden]) : 0;
+        for (int gate = 0; gate < kGates; ++gate) raw_x[k][gate] = active[k] ? row[gate * hidden] : T{};
       }
 
       const int64_t first = block.row_begin + tile * kRowTile, first_row = kept_row(problem, t, first);
@@ -110,6 +111,12 @@ FASTRNN_KERNEL void __launch_bounds__(kThreads, 1) forward_kernel(const __grid_c
           if (place.exists) Parts<kFirst>::get(met, share, place.row_in_tile, place.unit_in_block, pre[k]);
         }
       }
+
+      float x[kCells][kGates];
+#pragma unroll
+      for (int k = 0; k < kCells; ++k)
+#pragma unroll
+        for (int gate = 0; gate < kGates; ++gate) x[k][gate] = to_float(raw_x[k][gate]);
 
       if (norms && problem.norm_hh.weight) {
 #pragma unroll
@@ -274,7 +281,8 @@ FASTRNN_KERNEL void __launch_bounds__(kThreads, 1) forward_kernel(const __grid_c
           static_cast<T*>(a.h_n)[place.b * hidden + place.unit] = from_float<T>(h);
           if constexpr (kLstm) static_cast<T*>(a.c_n)[place.b * hidden + place.unit] = from_float<T>(c);
         }
-        const float h_next = reset_next[k] ? 0 : h;
+        const bool reset = reset_next[k] && is_active(problem, time(step + 1), place.b);
+        const float h_next = reset ? 0 : h;
         if (!last) publish_state(time(step + 1), place, h_next);  // first of all: others wait for it
         if (active[k] || (place.used && !problem.row_starts)) {
           static_cast<T*>(a.y)[row_offset(problem, a.y_rows, t, place.b) + place.unit] =
@@ -287,7 +295,7 @@ FASTRNN_KERNEL void __launch_bounds__(kThreads, 1) forward_kernel(const __grid_c
           for (int slot = 0; slot < kSlots; ++slot) row[slot * hidden] = from_float<T>(keep[k][slot]);
         }
         h_states[place.state] = h_next;
-        if constexpr (kLstm) c_states[place.state] = reset_next[k] ? 0 : c;
+        if constexpr (kLstm) c_states[place.state] = reset ? 0 : c;
       }
     }
   }

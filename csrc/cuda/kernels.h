@@ -35,26 +35,25 @@ struct Variant {
   bool norms;
 };
 
-// One product of a kernel: rows of weights for each unit, how often K is as long as h, the chunks of weights that each
-// warp holds in registers and how many it takes at a time.
+// One product of a kernel: rows of weights for each unit, how often K is as long as h, and the chunks of weights that
+// each warp holds in registers, which is also how many it takes at a time.
 struct Shape {
-  int octets, depths, held, ahead;
+  int octets, depths, held;
 };
 
 // As many as the registers hold without spilling (docs/cuda_kernels.md). Floats are held as two tf32 numbers each.
-constexpr Shape shape(const Variant& v, int octets, int depths, int held, int ahead) {
-  const int fewer = (v.math == Math::float32 ? 2 : 1) * (v.norms ? 2 : 1);
-  const int taken = ahead < held / fewer ? ahead : held / fewer;
-  return {octets, depths, held / fewer / taken * taken, taken};
+constexpr Shape shape(const Variant& v, int octets, int depths, int chunks) {
+  const int less = chunks / ((v.math == Math::float32 ? 2 : 1) * (v.norms ? 2 : 1)), held = less > 0 ? less : 1;
+  return {octets, depths, held};
 }
 constexpr Shape forward_product(const Variant& v) {
-  const int gates = first_gates(v.cell), held = v.math == Math::float32 ? 4 : 6;
-  return gates == 1 ? shape(v, 1, 1, 16, 4) : shape(v, gates, 1, held, gates == 4 ? 6 : 3);
+  const int gates = first_gates(v.cell);
+  return shape(v, gates, 1, gates == 1 ? 8 : v.math == Math::float32 && v.cell == Cell::lstm ? 2 : 4);
 }
 constexpr Shape backward_product(const Variant& v) {
-  return shape(v, 1, first_gates(v.cell), gate_count(v.cell) == 1 ? 16 : v.cell == Cell::gru_reset_before ? 8 : 12, 4);
+  return shape(v, 1, first_gates(v.cell), gate_count(v.cell) == 1 ? 8 : 6);
 }
-constexpr Shape second_product(const Variant& v) { return shape(v, 1, 1, 4, 4); }
+constexpr Shape second_product(const Variant& v) { return shape(v, 1, 1, 4); }
 
 // Floats of shared memory for each row and unit of a block: states, and backward the sums over time.
 constexpr int forward_states(Cell cell) { return cell == Cell::lstm ? 2 : 1; }

@@ -60,29 +60,34 @@ FASTRNN_DEVICE void multiply_words(float (&d)[4], uint32_t a0, uint32_t a1, uint
 
 // Tensor cores round sums towards zero: over a whole row of floats the error would grow to 20 times that of sums in
 // float (emulated, K = 2400), so that floats are summed outside from chunk to chunk.
+//
+// The two halves of a chunk go to sums of their own, since each product waits for the one before that it adds to.
 template <Math math>
-FASTRNN_DEVICE void multiply_chunk(float (&d)[4], const Vec4& low, const Vec4& high, const Vec4& b) {
+FASTRNN_DEVICE void multiply_chunk(float (&first)[4], float (&second)[4], const Vec4& low, const Vec4& high,
+                                   const Vec4& b) {
   if constexpr (math == Math::float32) {
-    float sum[4] = {};
-    multiply_words<math>(sum, low.x, high.x, low.y, high.y, b.x, b.y);
-    multiply_words<math>(sum, low.z, high.z, low.w, high.w, b.z, b.w);
+    float sums[2][4] = {};
+    multiply_words<math>(sums[0], low.x, high.x, low.y, high.y, b.x, b.y);
+    multiply_words<math>(sums[1], low.z, high.z, low.w, high.w, b.z, b.w);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) d[i] += sum[i];
+    for (int i = 0; i < 4; ++i) {
+      first[i] += sums[0][i];
+      second[i] += sums[1][i];
+    }
   } else {
-    multiply_words<math>(d, low.x, high.x, low.y, high.y, b.x, b.y);
-    multiply_words<math>(d, low.z, high.z, low.w, high.w, b.z, b.w);
+    multiply_words<math>(first, low.x, high.x, low.y, high.y, b.x, b.y);
+    multiply_words<math>(second, low.z, high.z, low.w, high.w, b.z, b.w);
   }
 }
 
 // One warp's share: kOctets times 8 rows of the weights (8 hidden units, an octet for each gate), a part of K, up to 16
 // rows of the batch. Weights come in the order of pack_weights: the first kHeld chunks stay in registers, the next in
 // shared memory, and what fits in neither is read from L2 at every step.
-template <Math math, int kOctets, int kHeld, int kAhead>
+template <Math math, int kOctets, int kHeld>
 class Product {
  public:
   static constexpr int kTiles = (kOctets + 1) / 2;
   using Sums = float[kTiles][2][4];
-  static_assert(kHeld % kAhead == 0, "held chunks are taken kAhead at a time");
 
   // packed: chunk 0 of this warp's unit group. `shared`: this warp's place for `shared_chunks` chunks.
   FASTRNN_DEVICE Product(const void* packed, int first, int chunks, void* shared, int shared_chunks)
@@ -112,35 +117,44 @@ class Product {
       present[n] = 8 * n + lane / 4 < rows;
       from[n] = values + (8 * n + lane / 4) * stride + first_ * kChunk<math> + lane % 4 * (kChunk<math> / 4);
     }
+    Sums chains[kChains];
 #pragma unroll
-    for (int i = 0; i < kTiles * 8; ++i) sums[i / 8][i / 4 % 2][i % 4] = 0;
+    for (int chain = 0; chain < kChains; ++chain)
+#pragma unroll
+      for (int i = 0; i < kTiles * 8; ++i) chains[chain][i / 8][i / 4 % 2][i % 4] = 0;
 
-#pragma unroll
-    for (int j = 0; j < kHeld; j += kAhead)
-      if (j < chunks_) multiply<kAhead>(sums, from, present, rows, j, [&](int i, int o) { return held_[j + i][o]; });
-    for (int j = kHeld; j < chunks_; j += kRest)
-      multiply<kRest>(sums, from, present, rows, j, [&](int i, int o) {
+    multiply(chains, from, present, rows, 0, [&](int i, int o) { return held_[i][o]; });
+    for (int j = kHeld; j < chunks_; j += kHeld)
+      multiply(chains, from, present, rows, j, [&](int i, int o) {
         const int behind = j + i - kHeld;
         return behind < shared_chunks_ ? shared_[(behind * kOctets + o) * kWarpSize]
                                        : streamed_[((j + i) * kOctets + o) * kWarpSize];
       });
+#pragma unroll
+    for (int i = 0; i < kTiles * 8; ++i) {
+      float total = 0;
+#pragma unroll
+      for (int chain = 0; chain < kChains; ++chain) total += chains[chain][i / 8][i / 4 % 2][i % 4];
+      sums[i / 8][i / 4 % 2][i % 4] = total;
+    }
   }
 
  private:
-  static constexpr int kRest = 2;  // chunks at a time of weights that are not held
+  // Sums that are added up at the end: enough that products of two batches of 8 rows overlap.
+  static constexpr int kChains = kOctets == 1 ? 4 : 2;
 
-  template <int kCount, class Weights>
-  FASTRNN_DEVICE void multiply(Sums& sums, const Element<math>* const (&from)[2], const bool (&present)[2], int rows,
-                               int j, Weights weights) const {
-    Vec4 b[kCount][2];
+  template <class Weights>
+  FASTRNN_DEVICE void multiply(Sums (&chains)[kChains], const Element<math>* const (&from)[2], const bool (&present)[2],
+                               int rows, int j, Weights weights) const {
+    Vec4 b[kHeld][2];
     // All loads before the first use. Most find their words written.
 #pragma unroll
-    for (int i = 0; i < kCount; ++i)
+    for (int i = 0; i < kHeld; ++i)
 #pragma unroll
       for (int n = 0; n < 2; ++n)
         b[i][n] = present[n] && j + i < chunks_ ? load_exchanged(from[n] + (j + i) * kChunk<math>) : Vec4{0, 0, 0, 0};
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
+    for (int i = 0; i < kHeld; ++i) {
       if (j + i >= chunks_) break;
 #pragma unroll
       for (int n = 0; n < 2; ++n)
@@ -154,7 +168,8 @@ class Product {
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
           if (n == 1 && rows <= 8) break;
-          multiply_chunk<math>(sums[tile][n], low, high, b[i][n]);
+          const int chain = 2 * i % kChains;
+          multiply_chunk<math>(chains[chain][tile][n], chains[chain + 1][tile][n], low, high, b[i][n]);
         }
       }
     }
@@ -168,7 +183,7 @@ class Product {
 
 // How the block's warps share a product: warp w has the unit group w % unit_groups and a part of K.
 struct Share {
-  int unit_group, part, parts, units;  // units of the block
+  int unit_group, part, parts, units;  // units of the block, a power of two
 
   FASTRNN_DEVICE explicit Share(int unit_groups)
       : unit_group(threadIdx.x / kWarpSize % unit_groups),
