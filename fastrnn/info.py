@@ -5,6 +5,8 @@ import platform
 from importlib import metadata
 from typing import Any
 
+import torch
+
 from fastrnn.backends import native
 
 
@@ -26,7 +28,9 @@ def _cpu(library: Any) -> str:
 def _triton() -> str:
     if version("triton") == "not installed":
         return "not available: triton is not installed"
-    return "not available: this version of fastrnn has no Triton kernels"
+    if not torch.cuda.is_available():
+        return "not available: torch sees no CUDA device"
+    return f"available: {torch.cuda.get_device_name()}"
 
 
 def _cuda(library: Any) -> str:

@@ -7,7 +7,7 @@ tuple. Formulas: fastrnn/reference/recurrence.py.
 import triton
 import triton.language as tl
 
-# Whether TRITON_INTERPRET=1 runs the kernels in Python. Its bfloat16 is a uint16 to numpy, which the two functions below
+# Whether TRITON_INTERPRET=1 runs the kernels in Python. Its bfloat16 is a uint16 to numpy, which the next two functions
 # work around; compiled, both are the plain operation.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
@@ -142,7 +142,7 @@ def lstm_forward(pre, c, peephole):
 
 @triton.jit
 def lstm_backward(gates, c_before, dh, tanh_c, dc, peephole):
-    """Gradients of the pre-activations and of the c before. h was o * tanh_c; dc has what came through tanh_c already."""
+    """Gradients of the pre-activations and of c_before. h was o * tanh_c; dc has what came through tanh_c already."""
     i, f, g, o = gates
     do = dh * tanh_c * o * (1.0 - o)
     if peephole is not None:
@@ -167,12 +167,3 @@ def gru_output_backward(z, n, h, dh):
     dz = dh * (h - n) * z * (1.0 - z)
     dn = dh * (1.0 - z) * (1.0 - n * n)
     return dz, dn, dh * z
-
-
-@triton.jit
-def row_of(t, rows, row_starts, stride_t, stride_b):
-    """Where the rows of step t begin in a sequence tensor: [T, B, n], or [N, n] packed."""
-    if row_starts is not None:
-        return (tl.load(row_starts + t) + rows) * stride_b
-    else:
-        return tl.cast(t, tl.int64) * stride_t + rows * stride_b

@@ -12,12 +12,28 @@ import torch
 from fastrnn.backends import aten, cpu, cuda, reference, triton
 from fastrnn.backends.call import Norm, RecurrenceCall
 
-__all__ = ["NAMES", "Choice", "Norm", "RecurrenceCall", "choose", "recorded_choices", "recording", "transforming"]
+__all__ = [
+    "NAMES",
+    "Choice",
+    "Norm",
+    "RecurrenceCall",
+    "choose",
+    "reasons_against",
+    "recorded_choices",
+    "recording",
+    "transforming",
+]
 
-_MODULES: dict[str, ModuleType] = {"cpu": cpu, "cuda": cuda, "triton": triton, "aten": aten, "reference": reference}
+_MODULES: dict[str, ModuleType] = {
+    "cpu": cpu,
+    "cuda": cuda,
+    "triton": triton,
+    "aten": aten,
+    "reference": reference,
+}
 
-# In the order in which "auto" prefers them. The kernels come before torch's operators wherever both compute the same:
-# bench/results has the measurements.
+# In the order in which "auto" asks them. The CPU kernels come before torch's operators wherever both compute the same:
+# bench/results has the measurements. Those for GPUs are not measured yet.
 NAMES = tuple(_MODULES)
 
 
@@ -78,7 +94,8 @@ def _transform_reasons(call: RecurrenceCall) -> list[str]:
     return []
 
 
-def _reasons(name: str, call: RecurrenceCall) -> list[str]:
+def reasons_against(name: str, call: RecurrenceCall) -> list[str]:
+    """Why the back end of this name cannot compute the call."""
     found: list[str] = _MODULES[name].reasons_against(call)
     return found if name == "reference" else _transform_reasons(call) + found
 
@@ -94,20 +111,34 @@ def choose(call: RecurrenceCall, backend: str = "auto") -> str:
     against: dict[str, list[str]] = {}
     picked = backend
     if backend == "auto":
-        for picked in NAMES:
-            against[picked] = _reasons(picked, call)
-            if not against[picked]:
-                break
+        picked = _first_without_reasons(call, against)
     else:
-        reasons = _reasons(backend, call)
+        reasons = reasons_against(backend, call)
         if reasons:
             raise NotImplementedError(f"backend {backend!r} cannot compute this call: " + "; ".join(reasons))
     if _records is not None:
         for name in NAMES:
             if name not in against:
-                against[name] = _reasons(name, call)
+                against[name] = reasons_against(name, call)
         _records.append(Choice(_describe(call), picked, backend, against))
     return picked
+
+
+def _first_without_reasons(call: RecurrenceCall, against: dict[str, list[str]]) -> str:
+    """What "auto" picks. A back end that is better asked later comes last but for the reference."""
+    postponed = None
+    for name in NAMES:
+        if name == "reference" and postponed is not None:
+            break
+        against[name] = reasons_against(name, call)
+        if not against[name]:
+            later = _MODULES[name].why_later(call) if name in ("cuda", "triton") else None
+            if later is None:
+                return name
+            against[name] = [later]
+            postponed = postponed or name
+    assert postponed is not None  # The reference computes everything.
+    return postponed
 
 
 def _describe(call: RecurrenceCall) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrnn.backends import gpu, native
+from fastrnn.backends import gpu, native, triton
 from fastrnn.backends.call import RecurrenceCall
 from fastrnn.backends.gpu import Kept, Layout, Loop, LoopGradients, OutputGradients, Results, like_rows, time_strides
 from fastrnn.reference import CELLS
@@ -78,13 +78,15 @@ def pick(
     return None if best is None else best[1]
 
 
+# Constants, so that torch.compile need not look for them. The kernels' emulator works on the memory of the CPU.
+_DEVICE_TYPE: str = native.load().cuda_device_type() if native.load() else "cuda"  # type: ignore[union-attr]
+
+
 def reasons_against(call: RecurrenceCall) -> list[str]:
-    library: Any = native.load()
-    if library is None:
+    if native.load() is None:
         return [f"the compiled extension is not available ({native.load_error()})"]
     reasons = []
-    device = library.cuda_device_type()
-    if call.x.device.type != device:
+    if call.x.device.type != _DEVICE_TYPE:
         reasons.append(f"the tensors are on {call.x.device}, not on a CUDA device")
     elif any(tensor.dtype not in gpu.DTYPES for tensor in call.tensors().values()):
         reasons.append(f"the tensors are {call.x.dtype}; the kernels are for {', '.join(map(str, gpu.DTYPES))}")
@@ -93,11 +95,34 @@ def reasons_against(call: RecurrenceCall) -> list[str]:
     reasons += call.reasons_against_kernels()
     if reasons:
         return reasons
-    if library.cuda_device_count() == 0:
-        return [f"no usable CUDA device ({library.cuda_status()})"]
+    status = _status()
+    if status != "ok":
+        return [f"no usable CUDA device ({status})"]
     if not fits(call, 1):
         reasons.append(f"hidden size {call.weight_hh.shape[1]} needs more blocks than the device runs at once")
     return reasons
+
+
+def why_later(call: RecurrenceCall) -> str | None:
+    """Why "auto" asks the other back ends of a GPU first; None: it does not."""
+    steps = call.x.shape[0] if call.batch_sizes is None else call.batch_sizes.shape[0]
+    if steps == 1:
+        return "for a single step packing the weights would cost more than the step"
+    if triton.is_resident(call) and not triton.reasons_against(call):
+        return "the weights fit into one block, so that Triton's kernel exchanges nothing (not measured yet)"
+    if _is_persistent_in_cudnn(call):
+        return "cuDNN has a persistent algorithm for this call, too; which is faster is not measured yet"
+    return None
+
+
+def _is_persistent_in_cudnn(call: RecurrenceCall) -> bool:
+    """Whether torch has cuDNN keep the weights on the chip: get_algo in aten/src/ATen/native/cudnn/RNN.cpp."""
+    hidden = call.weight_hh.shape[1]
+    plain = call.cell == "lstm" and call.x.dtype is torch.float16 and call.batch_sizes is None and call.is_plain()
+    if not plain or call.weight_ih is None:
+        return False
+    sizes = hidden <= 1024 and hidden % 128 == 0 and call.x.shape[-1] % 128 == 0
+    return sizes and call.x.shape[1] % 8 == 0 and call.x.shape[1] <= 128
 
 
 def fits(call: RecurrenceCall, directions: int) -> bool:
@@ -107,11 +132,28 @@ def fits(call: RecurrenceCall, directions: int) -> bool:
 
 
 @functools.cache
-def _chip(device: torch.device) -> Chip:
-    library: Any = native.load()
+def _known_chip(device: torch.device) -> Chip:
     with _on(device):
-        multiprocessors, shared_bytes, _ = library.cuda_limits()
+        multiprocessors, shared_bytes, _ = native.load().cuda_limits()  # type: ignore[union-attr]
     return Chip(multiprocessors, shared_bytes)
+
+
+def _chip(device: torch.device) -> Chip:
+    return _known_chip(device)
+
+
+@functools.cache
+def _known_status() -> str:
+    status: str = native.load().cuda_status()  # type: ignore[union-attr]
+    return status
+
+
+def _status() -> str:
+    return _known_status()
+
+
+_chip._dynamo_marked_constant = True  # type: ignore[attr-defined] # as for fastrnn.backends.transforming
+_status._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _on(device: torch.device) -> Any:

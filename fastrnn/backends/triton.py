@@ -9,6 +9,7 @@ import functools
 import importlib
 import importlib.util
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -19,37 +20,83 @@ from torch import Tensor
 from fastrnn.backends import gpu
 from fastrnn.backends.call import RecurrenceCall
 from fastrnn.backends.gpu import Kept, Layout, Loop, LoopGradients, OutputGradients, Results, time_strides
+from fastrnn.reference import CELLS
 
 _ZONEOUT_RANDOM, _ZONEOUT_EXPECTED = 1, 2
 
 
 @dataclass(frozen=True, slots=True)
-class Launch:
-    """How a kernel that takes a whole sequence is launched."""
+class Sequence:
+    """How a whole sequence is launched, with its recurrent weights resident on the multiprocessor."""
 
-    block_b: int  # sequences of one program
+    block_b: int  # sequences of one program; the same for any batch, so that a row's result does not depend on it
     warps: int
-    stages: int  # of the loads within the loop over time
+    load_stages: int  # of the loads within the loop over time
 
 
-def interpreted() -> bool:
-    """Whether Triton runs kernels in Python, on the CPU."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+@dataclass(frozen=True, slots=True)
+class Step:
+    """How the products of a single step are launched."""
+
+    block_b: int
+    block_n: int  # units (of all gates) or columns
+    block_k: int
+    warps: int
+    stages: int
 
 
-def is_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+# Largest hidden size by (gates, bytes of an element) whose weights fit into the shared memory of one multiprocessor, by
+# how much of that a block may have: 163 KB and more, or 99 KB. From what Triton 3.6 and 3.9 say of the compiled kernels
+# (tests/kernels/test_compiled.py); not measured on a GPU yet.
+_LARGEST = {
+    163: {(4, 2): 128, (3, 2): 128, (1, 2): 256, (4, 4): 64, (3, 4): 64, (1, 4): 64},
+    99: {(4, 2): 64, (3, 2): 64, (1, 2): 128, (4, 4): 64, (3, 4): 64, (1, 4): 64},
+}
+
+
+def pick(cell: str, hidden: int, dtype: torch.dtype, capability: tuple[int, int], training: bool) -> Sequence | None:
+    """How to launch a whole sequence; None where the weights are too large for one multiprocessor."""
+    shared = 163 if capability in ((8, 0), (9, 0), (10, 0), (10, 3)) else 99
+    gates = CELLS[cell.removesuffix("_reset_before")].gates
+    if capability < (8, 0) or hidden > _LARGEST[shared][gates, dtype.itemsize]:
+        return None
+    return Sequence(block_b=16, warps=4 if hidden <= 32 else 8, load_stages=1)
+
+
+def pick_step(dtype: torch.dtype) -> Step:
+    """How to launch the products of a single step."""
+    return Step(16, 32, 32, 4, 3) if dtype is torch.float32 else Step(16, 32, 64, 4, 3)
+
+
+# Constants, so that torch.compile need not look for them. The interpreter runs kernels in Python, on CPU tensors.
+_INSTALLED = importlib.util.find_spec("triton") is not None
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def reasons_against(call: RecurrenceCall) -> list[str]:
     reasons = []
-    if not is_installed():
+    if not _INSTALLED:
         reasons.append("triton is not installed")
-    if not (call.x.is_cuda or (call.x.is_cpu and interpreted())):
+    if not (call.x.is_cuda or (call.x.is_cpu and _INTERPRETED)):
         reasons.append(f"the tensors are on {call.x.device}, not on a CUDA device")
     elif any(tensor.dtype not in gpu.DTYPES for tensor in call.tensors().values()):
         reasons.append(f"the tensors are {call.x.dtype}; the kernels are for {', '.join(map(str, gpu.DTYPES))}")
     return reasons + call.reasons_against_kernels()
+
+
+def why_later(call: RecurrenceCall) -> str | None:
+    """Why "auto" takes torch's operator first where that computes the same; None: it does not."""
+    steps = call.x.shape[0] if call.batch_sizes is None else call.batch_sizes.shape[0]
+    if steps == 1 or is_resident(call):
+        return None
+    hidden = call.weight_hh.shape[0] // CELLS[call.cell].gates
+    return f"each step is a launch of its own with {hidden} units; torch's operator is asked first (not measured yet)"
+
+
+def is_resident(call: RecurrenceCall) -> bool:
+    """Whether one program holds all of weight_hh, so that a whole sequence is one launch."""
+    hidden = call.weight_hh.shape[0] // CELLS[call.cell].gates
+    return pick(call.cell, hidden, call.x.dtype, _capability(call.x.device), True) is not None
 
 
 def saved_layout(loop: Loop) -> Layout:
@@ -72,14 +119,12 @@ def saved_layout(loop: Loop) -> Layout:
 
 
 def projects(loop: Loop) -> bool:
-    return False
+    return _is_fused(loop)
 
 
-def pick(cell: str, hidden: int, dtype: torch.dtype, capability: tuple[int, int], training: bool) -> Launch | None:
-    """How to launch a whole sequence; None where the weights are too large for that."""
-    if hidden > (64 if dtype is torch.float32 else 128):
-        return None
-    return Launch(16, 8 if hidden > 32 else 4, 1)
+def _is_fused(loop: Loop) -> bool:
+    """Whether product and gates of a step are one launch."""
+    return loop.norm_hh is None and loop.norm_c is None and loop.cell != "gru_reset_before"
 
 
 @functools.lru_cache
@@ -87,83 +132,344 @@ def _kernels(name: str) -> ModuleType:
     return importlib.import_module(f"fastrnn.kernels.{name}")
 
 
+@functools.lru_cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+
+
+_capability._dynamo_marked_constant = True  # type: ignore[attr-defined] # as for fastrnn.backends.transforming
+
+
+def _pick(loop: Loop, training: bool) -> Sequence | None:
+    return pick(loop.cell, loop.hidden, loop.dtype, _capability(loop.weight_hh.device), training)
+
+
 def loop_forward(loop: Loop, results: Results) -> None:
-    saved = results.saved
-    kernel = _kernels("recurrence").recurrence_forward
-    launch = pick(loop.cell, loop.hidden, loop.dtype, (9, 0), bool(saved))
-    assert launch is not None and loop.gates_x is not None
+    launch = None if loop.gates_x is None else _pick(loop, bool(results.saved))
     with torch.cuda.device_of(loop.weight_hh):
-        kernel[_programs(loop.batch, launch.block_b)](
-            loop.gates_x,
-            *time_strides(loop.gates_x),
-            loop.weight_hh,
-            loop.bias_hh,
-            loop.weight_hr,
-            *(loop.norm_hh or (None, None)),
-            *(loop.norm_c or (None, None)),
-            loop.peephole,
-            loop.h0,
-            loop.c0,
-            loop.lengths,
-            loop.row_starts,
-            *_resets(loop),
-            loop.recurrent_mask,
-            *_strided(results.y),
-            results.h_n,
-            results.c_n,
-            *_strided(results.c_all),
-            *(saved.get(name) for name in _SAVED),
-            *_sizes(loop),
-            **_constants(loop, launch),
-        )
+        if launch is None or not _fits(_forward_at_once, loop, results, launch):
+            _forward_by_steps(loop, results)
 
 
 def loop_backward(loop: Loop, kept: Kept, given: OutputGradients) -> LoopGradients:
-    saved, y, rows, hidden = kept.saved, kept.y, loop.gates * loop.hidden, loop.hidden
-    found = LoopGradients(gpu.like_rows(y, rows), y, None, None)
-    dproduct = gpu.like_rows(y, rows) if loop.norm_hh is not None or loop.cell == "gru" else None
-    found.dproduct = found.dgates_x if dproduct is None else dproduct
-    found.dh0 = y.new_empty(loop.batch, loop.outputs, dtype=torch.float32)
-    if loop.cell == "lstm":
-        found.dc0 = y.new_empty(loop.batch, hidden, dtype=torch.float32)
+    y, rows, hidden = kept.y, loop.gates * loop.hidden, loop.hidden
+    dgates_x = gpu.like_rows(y, rows)
+    separate = loop.norm_hh is not None or loop.cell == "gru"
+    found = LoopGradients(
+        dgates_x,
+        gpu.like_rows(y, rows) if separate else dgates_x,
+        y.new_empty(loop.batch, loop.outputs, dtype=torch.float32),
+        y.new_empty(loop.batch, hidden, dtype=torch.float32) if loop.cell == "lstm" else None,
+    )
     if loop.weight_hr is not None:
         found.dprojected = gpu.like_rows(y, loop.outputs)
-        found.projected = _of_rows(loop, saved["projected"])
+        found.projected = _of_rows(loop, kept.saved["projected"])
     dnormed_c = None if loop.norm_c is None else y.new_empty(loop.rows, hidden)
-    kernel = _kernels("recurrence").recurrence_backward
-    launch = pick(loop.cell, loop.hidden, loop.dtype, (9, 0), True)
-    assert launch is not None
+    launch = _pick(loop, True)
     with torch.cuda.device_of(y):
-        kernel[_programs(loop.batch, launch.block_b)](
-            *_strided(given.dy),
-            given.dh_n,
-            given.dc_n,
-            *_strided(given.dc_all),
-            loop.weight_hh,
-            loop.weight_hr,
-            None if loop.norm_hh is None else loop.norm_hh[0],
-            *(loop.norm_c or (None, None)),
-            loop.peephole,
-            loop.h0,
-            loop.c0,
-            loop.lengths,
-            loop.row_starts,
-            *_resets(loop),
-            loop.recurrent_mask,
-            *_strided(y),
-            *_strided(kept.c_all),
-            *(saved.get(name) for name in _SAVED[:-1]),
-            *_strided(found.dgates_x),
-            dproduct,
-            found.dprojected,
-            dnormed_c,
-            found.dh0,
-            found.dc0,
-            *_sizes(loop),
-            **_constants(loop, launch),
-        )
+        if launch is None or not _fits(_backward_at_once, loop, kept, given, found, dnormed_c, launch):
+            _backward_by_steps(loop, kept, given, found, dnormed_c)
     _finish(loop, kept, dnormed_c, found)
     return found
+
+
+def _fits(launcher: Callable[..., None], *arguments: Any) -> bool:
+    """Launches. False where the kernel, as this version of Triton compiles it, needs more memory than the GPU has."""
+    errors = importlib.import_module("triton.runtime.errors")
+    try:
+        launcher(*arguments)
+    except errors.OutOfResources:
+        return False
+    return True
+
+
+def _forward_at_once(loop: Loop, results: Results, launch: Sequence) -> None:
+    _kernels("recurrence").recurrence_forward[(-(-loop.batch // launch.block_b),)](
+        *_strided(loop.gates_x),
+        loop.weight_hh,
+        loop.bias_hh,
+        loop.weight_hr,
+        *(loop.norm_hh or (None, None)),
+        *(loop.norm_c or (None, None)),
+        loop.peephole,
+        loop.h0,
+        loop.c0,
+        loop.lengths,
+        loop.row_starts,
+        *_resets(loop),
+        loop.recurrent_mask,
+        *_strided(results.y),
+        results.h_n,
+        results.c_n,
+        *_strided(results.c_all),
+        *(results.saved.get(name) for name in _SAVED),
+        *_sizes(loop),
+        **_constants(loop, launch),
+    )
+
+
+def _backward_at_once(
+    loop: Loop,
+    kept: Kept,
+    given: OutputGradients,
+    found: LoopGradients,
+    dnormed_c: Tensor | None,
+    launch: Sequence,
+) -> None:
+    _kernels("recurrence").recurrence_backward[(-(-loop.batch // launch.block_b),)](
+        *_strided(given.dy),
+        given.dh_n,
+        given.dc_n,
+        *_strided(given.dc_all),
+        loop.weight_hh,
+        loop.weight_hr,
+        None if loop.norm_hh is None else loop.norm_hh[0],
+        *(loop.norm_c or (None, None)),
+        loop.peephole,
+        loop.h0,
+        loop.c0,
+        loop.lengths,
+        loop.row_starts,
+        *_resets(loop),
+        loop.recurrent_mask,
+        *_strided(kept.y),
+        *_strided(kept.c_all),
+        *(kept.saved.get(name) for name in _SAVED[:-1]),
+        *_strided(found.dgates_x),
+        None if found.dproduct is found.dgates_x else found.dproduct,
+        found.dprojected,
+        dnormed_c,
+        found.dh0,
+        found.dc0,
+        *_sizes(loop),
+        **_constants(loop, launch),
+    )
+
+
+class _Steps:
+    """Launches the kernels of single steps of one loop."""
+
+    def __init__(self, loop: Loop) -> None:
+        self.loop = loop
+        self.kernels = _kernels("step")
+        self.step = pick_step(loop.dtype)
+        self.precision = _precision(loop)
+        self.lengths = {"lengths": loop.lengths, "T": loop.steps, "B": loop.batch}
+        resets, reset_t, reset_b = _resets(loop)
+        self.resets = {"resets": resets, "reset_t": reset_t, "reset_b": reset_b}
+        self.zoneout = {"probability": loop.zoneout, "threshold": int(loop.zoneout * 2**24), "ZONEOUT": _zoneout(loop)}
+        self.words = dict(zip(("word_h", "word_c"), _words(loop), strict=True))
+        self.staged = loop.cell == "gru_reset_before"
+        # Layer norm needs a row's units in one tile; of small ones several rows.
+        whole = _block(loop.hidden)
+        rows = max(1, min(16, 2048 // whole))
+        self.rows = Step(rows, whole, 16, min(32, max(4, rows * whole // 256)), 1)
+
+    def multiply(
+        self,
+        t: int,
+        a: Tensor | None,
+        weight: Tensor,
+        weight_strides: tuple[int, int],
+        depth: int,
+        width: int,
+        *,
+        one_step: bool = False,
+        scale: Tensor | None = None,
+        reset: bool = False,
+    ) -> Tensor:
+        """Rows of step t of a, or of a as that of one step, by a weight; zero where reset: float32 [B, width]."""
+        loop, step = self.loop, self.step
+        out = weight.new_empty(loop.batch, width, dtype=torch.float32)
+        strides = (0, 0) if a is None else (0, a.stride(0)) if one_step else time_strides(a)
+        self.kernels.multiply[(-(-loop.batch // step.block_b) * -(-width // step.block_n),)](
+            a,
+            *strides,
+            scale,
+            weight,
+            *weight_strides,
+            row_starts=None if one_step else loop.row_starts,
+            out=out,
+            t=t,
+            N=width,
+            K=depth,
+            **self.lengths,
+            **(self.resets if reset else {"resets": None, "reset_t": 0, "reset_b": 0}),
+            BLOCK_B=step.block_b,
+            BLOCK_N=step.block_n,
+            BLOCK_K=step.block_k,
+            PRECISION=self.precision,
+            num_warps=step.warps,
+            num_stages=step.stages,
+            enable_fp_fusion=True,
+        )
+        return out
+
+    def launch(self, name: str, t: int, width: int, **named: Any) -> None:
+        """A kernel of step t, over so many units or outputs."""
+        loop = self.loop
+        if name.startswith("project"):
+            step = self.step
+            named |= {"word_h": self.words["word_h"], "P": width}
+        else:
+            step = self.step if _is_fused(loop) else self.rows
+            named |= {"H": width, "P": loop.outputs, "CELL": loop.cell, **self.words}
+            named |= {"BLOCK_K": step.block_k, "PRECISION": self.precision}
+        getattr(self.kernels, name)[(-(-loop.batch // step.block_b) * -(-width // step.block_n),)](
+            t=t,
+            row_starts=loop.row_starts,
+            **named,
+            **self.lengths,
+            **self.resets,
+            **self.zoneout,
+            BLOCK_B=step.block_b,
+            BLOCK_N=step.block_n,
+            num_warps=step.warps,
+            num_stages=step.stages,
+            enable_fp_fusion=True,
+        )
+
+
+def _forward_by_steps(loop: Loop, results: Results) -> None:
+    steps = _Steps(loop)
+    hidden, outputs, batch = loop.hidden, loop.outputs, loop.batch
+    weight, by_rows = loop.weight_hh, (outputs, 1)
+    keep = bool(results.saved)
+    saved = {name: results.saved.get(name) for name in _SAVED}
+    if steps.staged and not keep:
+        saved["gates"] = weight.new_empty(batch, 3 * hidden)
+    if loop.weight_hr is not None and not keep:
+        saved["projected"] = weight.new_empty(batch, hidden)
+    rh = weight.new_empty(batch, hidden) if steps.staged else None
+    y = _strides("y", results.y)
+    fixed = {
+        **_strides("x", loop.gates_x, "gates_x"),
+        "x": loop.x,
+        "x_row": 0 if loop.x is None else loop.x.stride(1),
+        "I": 0 if loop.x is None else loop.x.shape[2],
+        "weight_ih": loop.weight_ih,
+        "bias_ih": loop.bias_ih,
+        "weight_hh": weight,
+        "bias_hh": loop.bias_hh,
+        **_parameters(loop, biases=True),
+        **y,
+        **_strides("c", results.c_all, "c_all"),
+        **saved,
+        "rh": rh,
+        "KEEP": keep,
+    }
+    fed: dict[str, Any] = {"one_step": True, "scale": loop.recurrent_mask, "reset": True}
+    states = [_States(loop), _States(loop)]
+    h, c = loop.h0, loop.c0
+    for index in range(loop.steps):
+        t = loop.steps - 1 - index if loop.reverse else index
+        after = states[index % 2]
+        h_out, c_out = (results.h_n, results.c_n) if index == loop.steps - 1 else (after.h, after.c)
+        step = functools.partial(
+            steps.launch, "step_forward", t, hidden, h_in=h, c_in=c, h_out=h_out, c_out=c_out, **fixed
+        )
+        if steps.staged:
+            step(STAGE=1, product=steps.multiply(t, h, weight, by_rows, outputs, 2 * hidden, **fed))
+            step(STAGE=2, product=steps.multiply(t, rh, weight[2 * hidden :], by_rows, hidden, hidden, one_step=True))
+        elif _is_fused(loop):
+            step(STAGE=0, product=None)
+        else:
+            step(STAGE=0, product=steps.multiply(t, h, weight, by_rows, outputs, loop.gates * hidden, **fed))
+        if loop.weight_hr is not None:
+            m = saved["projected"]
+            m = _of_rows(loop, m) if keep and m is not None else m
+            product = steps.multiply(t, m, loop.weight_hr, (hidden, 1), hidden, outputs, one_step=not keep)
+            steps.launch("project_forward", t, outputs, product=product, h_in=h, h_out=h_out, **y)
+        h, c = h_out, c_out
+
+
+def _backward_by_steps(
+    loop: Loop, kept: Kept, given: OutputGradients, found: LoopGradients, dnormed_c: Tensor | None
+) -> None:
+    steps = _Steps(loop)
+    hidden, outputs = loop.hidden, loop.outputs
+    weight, by_columns = loop.weight_hh, (1, outputs)
+    fused = _is_fused(loop) and loop.weight_hr is None
+    depth = 2 * hidden if steps.staged else loop.gates * hidden  # of the product that gives the gradient of h
+    dy, mask = _strides("dy", given.dy), {"mask": loop.recurrent_mask}
+    fixed = {
+        **dy,
+        **_strides("dc_all", given.dc_all),
+        **_parameters(loop, biases=False),
+        "weight_hh": weight,
+        "h0": loop.h0,
+        "c0": loop.c0,
+        **_strides("y", kept.y),
+        **_strides("c", kept.c_all, "c_all"),
+        **{name: kept.saved.get(name) for name in _SAVED[:-1]},
+        **_strides("dx", found.dgates_x, "dgates_x"),
+        "dproduct": None if found.dproduct is found.dgates_x else found.dproduct,
+        "dnormed_c": dnormed_c,
+        "direct_out": found.dh0,
+        "dc_out": found.dc0,
+        "REVERSE": loop.reverse,
+    }
+    direct, dc = given.dh_n, given.dc_n
+    following: Tensor | None = None
+    for index in range(loop.steps):
+        t = index if loop.reverse else loop.steps - 1 - index
+        dfed: Tensor | None = None
+        dm: Tensor | None = None
+        if following is not None and not fused:
+            next_t = t - 1 if loop.reverse else t + 1
+            dfed = steps.multiply(next_t, following, weight, by_columns, depth, outputs)
+        if loop.weight_hr is not None:
+            projected = _strides("p", found.dprojected, "dprojected")
+            at_end = {"dfed": dfed, "direct": direct, "direct_out": found.dh0, "REVERSE": loop.reverse}
+            steps.launch("project_backward", t, outputs, **at_end, **dy, **mask, **projected)
+            dm = steps.multiply(t, found.dprojected, loop.weight_hr, (1, hidden), outputs, hidden)
+            dfed = None
+        step = functools.partial(
+            steps.launch,
+            "step_backward",
+            t,
+            hidden,
+            following=following if fused else None,
+            dfed=dfed,
+            dm=dm,
+            direct=direct,
+            dc=dc,
+            **fixed,
+        )
+        if steps.staged:
+            step(STAGE=1, drh=None)
+            dn = found.dproduct[..., 2 * hidden :]
+            step(STAGE=2, drh=steps.multiply(t, dn, weight[2 * hidden :], by_columns, hidden, hidden))
+        else:
+            step(STAGE=0, drh=None)
+        direct, dc, following = found.dh0, found.dc0, found.dproduct
+
+    if loop.h0 is not None and found.dh0 is not None:
+        dfed = steps.multiply(t, found.dproduct, weight, by_columns, depth, outputs)
+        if loop.recurrent_mask is not None:
+            dfed *= loop.recurrent_mask
+        if loop.resets is not None:
+            dfed.masked_fill_(loop.resets[t, :, None], 0)
+        found.dh0 += dfed
+
+
+class _States:
+    """h and c between two steps, float32."""
+
+    def __init__(self, loop: Loop) -> None:
+        single = loop.steps == 1  # which goes from the initial to the final states
+        like, batch = loop.weight_hh, loop.batch
+        self.h = None if single else like.new_empty(batch, loop.outputs, dtype=torch.float32)
+        lstm = loop.cell == "lstm" and not single
+        self.c = like.new_empty(batch, loop.hidden, dtype=torch.float32) if lstm else None
+
+
+def _parameters(loop: Loop, biases: bool) -> dict[str, Tensor | None]:
+    """Of norms and peepholes, and the mask, as keywords."""
+    (weight, bias), (weight_c, bias_c) = loop.norm_hh or (None, None), loop.norm_c or (None, None)
+    found = {"norm_weight": weight, "norm_c_weight": weight_c, "norm_c_bias": bias_c, "peephole": loop.peephole}
+    found |= {"norm_bias": bias} if biases else {}
+    return {**found, "mask": loop.recurrent_mask}
 
 
 _SAVED = ("gates", "normalized", "deviations", "normalized_c", "deviations_c", "projected")
@@ -200,12 +506,13 @@ def _of_rows(loop: Loop, tensor: Tensor) -> Tensor:
     return tensor if loop.row_starts is not None else tensor.unflatten(0, (loop.steps, loop.batch))
 
 
-def _programs(batch: int, block_b: int) -> tuple[int]:
-    return (-(-batch // block_b),)
-
-
 def _strided(sequence: Tensor | None) -> tuple[Any, ...]:
     return (None, 0, 0) if sequence is None else (sequence, *time_strides(sequence))
+
+
+def _strides(prefix: str, sequence: Tensor | None, name: str | None = None) -> dict[str, Any]:
+    """A sequence and its strides, as keywords."""
+    return dict(zip((name or prefix, f"{prefix}_t", f"{prefix}_b"), _strided(sequence), strict=True))
 
 
 def _resets(loop: Loop) -> tuple[Any, ...]:
@@ -216,13 +523,21 @@ def _zoneout(loop: Loop) -> int:
     return 0 if loop.zoneout == 0 else _ZONEOUT_EXPECTED if loop.zoneout_seed is None else _ZONEOUT_RANDOM
 
 
+def _words(loop: Loop) -> tuple[int, int]:
+    seed = loop.zoneout_seed
+    return (0, 0) if seed is None else (_word(seed, 0), _word(seed, 1))
+
+
 def _sizes(loop: Loop) -> tuple[Any, ...]:
-    words = (0, 0) if loop.zoneout_seed is None else (_word(loop.zoneout_seed, 0), _word(loop.zoneout_seed, 1))
     threshold = int(loop.zoneout * 2**24)
-    return (loop.steps, loop.batch, loop.hidden, loop.outputs, loop.zoneout, threshold, *words)
+    return (loop.steps, loop.batch, loop.hidden, loop.outputs, loop.zoneout, threshold, *_words(loop))
 
 
-def _constants(loop: Loop, launch: Launch) -> dict[str, Any]:
+def _precision(loop: Loop) -> str:
+    return loop.precision if loop.dtype is torch.float32 else "ieee"
+
+
+def _constants(loop: Loop, launch: Sequence) -> dict[str, Any]:
     return {
         "CELL": loop.cell,
         "REVERSE": loop.reverse,
@@ -230,8 +545,8 @@ def _constants(loop: Loop, launch: Launch) -> dict[str, Any]:
         "BLOCK_B": launch.block_b,
         "BLOCK_H": _block(loop.hidden),
         "BLOCK_P": _block(loop.outputs),
-        "PRECISION": loop.precision,
-        "LOAD_STAGES": launch.stages,
+        "PRECISION": _precision(loop),
+        "LOAD_STAGES": launch.load_stages,
         "num_warps": launch.warps,
         "enable_fp_fusion": True,
     }

@@ -172,6 +172,12 @@ def converted(call: RecurrenceCall, dtype: torch.dtype) -> RecurrenceCall:
     return with_tensors(call, {name: tensor.to(dtype) for name, tensor in call.tensors().items()})
 
 
+def on_device(call: RecurrenceCall, device: torch.device | str) -> RecurrenceCall:
+    moved = with_tensors(call, {name: tensor.to(device) for name, tensor in call.tensors().items()})
+    lengths = None if call.lengths is None else call.lengths.to(device)
+    return replace(moved, lengths=lengths, resets=None if call.resets is None else call.resets.to(device))
+
+
 def forward(call: RecurrenceCall, backend: str) -> dict[str, Tensor]:
     """The outputs that the call has, by name."""
     named = zip(OUTPUTS, run_on(check(call), backends.choose(call, backend)), strict=True)
@@ -252,6 +258,10 @@ def assert_kernels_as_accurate(case: Case, isas: Sequence[str] = ISAS) -> None:
         return runner
 
     assert_results_as_accurate(case, {isa: on(isa) for isa in isas})
+
+
+def options_of(cell: str) -> tuple[str, ...]:
+    return tuple(option for option, cells in OPTIONS.items() if cell in cells)
 
 
 def kernel_options(cell: str) -> tuple[str, ...]:

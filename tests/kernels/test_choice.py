@@ -1,0 +1,47 @@
+"""When the back end `triton` is picked, and what it says where it is not."""
+
+import os
+
+import pytest
+
+from fastrnn import backends
+from fastrnn.backends import cpu, triton
+from tests.ops.case import Case
+
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter takes CPU tensors")
+
+
+def test_reasons_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    call, _ = Case("lstm", 2, 2, 2, 2).draw()
+    monkeypatch.setattr(triton, "_INSTALLED", False)
+    message = "backend 'triton' cannot compute this call: triton is not installed; the tensors are on cpu, not on a"
+    with pytest.raises(NotImplementedError, match=message):
+        backends.choose(call, "triton")
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the CPU's tensors were a GPU's."""
+    monkeypatch.setattr(triton, "reasons_against", lambda call: [])
+    monkeypatch.setattr(cpu, "reasons_against", lambda call: ["the tensors are on cuda:0, not on the CPU"])
+
+
+@pytest.mark.parametrize(
+    "case, picked",
+    [
+        (Case("lstm", 9, 4, 20, 64), "triton"),
+        (Case("lstm", 1, 4, 20, 512), "triton"),
+        (Case("lstm", 9, 4, 20, 512), "aten"),
+        (Case("lstm", 9, 4, 20, 512, ("zoneout",)), "triton"),
+        (Case("gru", 9, 4, 20, 512, packed=True), "aten"),
+    ],
+    ids=str,
+)
+def test_auto_on_a_gpu(case: Case, picked: str, on_a_gpu: None) -> None:
+    with backends.recorded_choices() as choices:
+        assert backends.choose(case.draw()[0]) == picked
+    text = str(choices[0])
+    if picked == "aten":
+        assert "not triton: each step is a launch of its own with 512 units" in text
+    else:
+        assert "not cpu: the tensors are on cuda:0" in text and "not reference: 'triton' comes first" in text

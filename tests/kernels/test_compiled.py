@@ -1,0 +1,222 @@
+"""The Triton kernels compile for GPUs that need not be there, fit into shared memory and hardly spill registers."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from fastrnn.backends import gpu  # noqa: E402
+from fastrnn.backends import triton as backend  # noqa: E402
+from fastrnn.reference import CELLS  # noqa: E402
+from tests.ops.case import Case, options_of  # noqa: E402
+
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter does not compile")
+
+SHARED = {80: 166912, 90: 232448}  # bytes of shared memory that one block may have
+TYPES = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int64: "*i64",
+    torch.uint8: "*u8",
+}
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+
+
+@dataclass
+class Compiled:
+    name: str
+    shared: int
+    spilled: int  # bytes, stores and loads
+
+
+class Compiling:
+    """Stands in for a kernel: compiles what it is launched with."""
+
+    def __init__(self, function: Any, architecture: int, folder: Path, found: list[Compiled]) -> None:
+        self.function, self.architecture, self.folder, self.found = function, architecture, folder, found
+
+    def __getitem__(self, _: Any) -> Any:
+        return self.launch
+
+    def launch(self, *arguments: Any, **keywords: Any) -> None:
+        options = {name: keywords.pop(name) for name in OPTIONS if name in keywords}
+        given = dict(zip(self.function.arg_names, arguments)) | keywords
+        assert set(given) == set(self.function.arg_names)
+        signature, constants, attributes = {}, {}, {}
+        for index, parameter in enumerate(self.function.params):
+            name, value = parameter.name, given[parameter.name]
+            general = not parameter.do_not_specialize
+            if parameter.is_constexpr or value is None or (general and type(value) is int and value == 1):
+                signature[name], constants[name] = "constexpr", value
+            elif isinstance(value, torch.Tensor):
+                signature[name], attributes[(index,)] = TYPES[value.dtype], [["tt.divisibility", 16]]
+            elif isinstance(value, float):
+                signature[name] = "fp32"
+            else:
+                signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+                if general and value % 16 == 0:
+                    attributes[(index,)] = [["tt.divisibility", 16]]
+        source = ASTSource(self.function, signature, constants, attributes)
+        kernel = triton.compile(source, target=GPUTarget("cuda", self.architecture, 32), options=options)
+        self.found.append(Compiled(self.function.__name__, kernel.metadata.shared, self.spilled(kernel.asm["ptx"])))
+
+    def spilled(self, ptx: str) -> int:
+        file = self.folder / "kernel.ptx"
+        file.write_text(ptx)
+        target = re.search(r"\.target (sm_\w+)", ptx)
+        assert target
+        assembler = get_ptxas(self.architecture)
+        command = [getattr(assembler, "path", assembler), "-v", f"--gpu-name={target[1]}", file, "-o", os.devnull]
+        said = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True).stderr
+        return sum(map(int, re.findall(r"(\d+) bytes spill", said)))
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """A function that gives what the launchers of a case compile for an architecture."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    real = backend._kernels
+
+    @contextmanager
+    def compiling(architecture: int) -> Iterator[list[Compiled]]:
+        found: list[Compiled] = []
+
+        def kernels(name: str) -> SimpleNamespace:
+            functions = vars(real(name)).items()
+            jitted = {key: value for key, value in functions if isinstance(value, triton.JITFunction)}
+            return SimpleNamespace(**{k: Compiling(v, architecture, tmp_path, found) for k, v in jitted.items()})
+
+        with monkeypatch.context() as patch:
+            patch.setattr(backend, "_kernels", kernels)
+            patch.setattr(backend, "_capability", lambda _: divmod(architecture, 10))
+            yield found
+
+    def of(case: Case, architecture: int) -> list[Compiled]:
+        call, gradients = case.draw()
+        inputs, cell = call.inputs(), call.cell if call.reset_after else "gru_reset_before"
+        options = (call.lengths, None, call.resets, call.recurrent_mask, call.zoneout, call.zoneout_seed, call.reverse)
+        with compiling(architecture) as found:
+            *_, saved, c_all = gpu.forward(
+                "triton", cell, *inputs[:7], inputs[7:], *options, True, call.return_cell_states
+            )
+            given = [gradients.get(name) for name in ("y", "h_n", "c_n", "c_all")]
+            needs = [tensor is not None for tensor in inputs]
+            gpu.backward(
+                "triton",
+                cell,
+                *given,
+                *inputs[:3],
+                *inputs[5:7],
+                inputs[7:],
+                *options,
+                torch.zeros_like(gradients["y"]),
+                saved,
+                c_all,
+                needs,
+            )
+        return found
+
+    return of
+
+
+def _assert_fit(found: list[Compiled], names: set[str], architecture: int, spilled: int) -> None:
+    assert {kernel.name for kernel in found} == names
+    for kernel in found:
+        assert kernel.shared <= SHARED[architecture], kernel
+        assert kernel.spilled <= spilled, kernel
+
+
+AT_ONCE = {"recurrence_forward", "recurrence_backward"}
+# rnn_relu differs from rnn_tanh, and float16 from bfloat16, in nothing that memory depends on.
+KINDS = {"rnn_tanh": (), "lstm": (), "gru": (), "gru_reset_before": ("reset_after=False",)}
+
+
+def _largest(cell: str, dtype: torch.dtype, architecture: int) -> int:
+    sizes = [size for size in range(16, 1025, 16) if backend.pick(cell, size, dtype, divmod(architecture, 10), True)]
+    return max(sizes)
+
+
+@pytest.mark.parametrize("architecture", SHARED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_largest_resident_sizes(kind: str, dtype: torch.dtype, architecture: int, launches: Any) -> None:
+    cell = kind.removesuffix("_reset_before")
+    hidden = _largest(cell, dtype, architecture)
+    case = Case(cell, 3, 16, 16, hidden, KINDS[kind], dtype=dtype)
+    _assert_fit(launches(case, architecture), AT_ONCE, architecture, spilled=64)
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_tf32(cell: str, launches: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "precision", lambda: "tf32")
+    _assert_fit(launches(Case(cell, 3, 16, 16, 64), 90), AT_ONCE, 90, spilled=64)
+
+
+# A kernel with every option at once spills: its parameters alone are a dozen vectors of units.
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_option_of_the_largest_resident_sizes(kind: str, launches: Any) -> None:
+    cell = kind.removesuffix("_reset_before")
+    options = options_of(cell)[: -1 if kind == "gru" else None]
+    case = Case(cell, 3, 16, 16, _largest(cell, torch.bfloat16, 80), options, dtype=torch.bfloat16)
+    _assert_fit(launches(case, 80), AT_ONCE, 80, spilled=2048)
+
+
+STEPS = {"step_forward", "step_backward", "multiply"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_steps_of_large_sizes(kind: str, dtype: torch.dtype, launches: Any) -> None:
+    case = Case(kind.removesuffix("_reset_before"), 2, 16, 16, 1024, KINDS[kind], dtype=dtype)
+    _assert_fit(launches(case, 80), STEPS, 80, spilled=64)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_steps_with_every_option(kind: str, launches: Any) -> None:
+    cell = kind.removesuffix("_reset_before")
+    options = options_of(cell)[: -1 if kind == "gru" else None]
+    names = STEPS | ({"project_forward", "project_backward"} if cell == "lstm" else set())
+    case = Case(cell, 2, 16, 16, 1024, options, dtype=torch.bfloat16)
+    _assert_fit(launches(case, 90), names, 90, spilled=256)
+
+
+@pytest.mark.parametrize("architecture", SHARED)
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+def test_single_steps_take_one_launch(kind: str, architecture: int, launches: Any) -> None:
+    found = launches(Case(kind, 1, 16, 48, 512, states=("h0", "c0")), architecture)
+    assert [kernel.name for kernel in found][:2] == ["step_forward", "step_backward"]
+    _assert_fit(found, STEPS, architecture, spilled=64)
+
+
+# The choice of a launch
+
+
+def test_a_choice_depends_on_the_size_alone() -> None:
+    for cell in (*CELLS, "gru_reset_before"):
+        for dtype in gpu.DTYPES:
+            for capability in ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)):
+                fits = [backend.pick(cell, hidden, dtype, capability, True) is not None for hidden in range(1, 600)]
+                assert fits[15] and not fits[-1] and fits == sorted(fits, reverse=True)
+    assert backend.pick("lstm", 16, torch.float32, (7, 5), True) is None
+
+
+def test_more_shared_memory_takes_larger_sizes() -> None:
+    assert backend.pick("lstm", 128, torch.bfloat16, (9, 0), True) is not None
+    assert backend.pick("lstm", 128, torch.bfloat16, (8, 9), True) is None
