@@ -407,9 +407,7 @@ void bind_cuda(py::module_& m) {
   m.def("cuda_packed_bytes", [](int cell, int math, int64_t hidden_size) {
     return cuda::packed_bytes(static_cast<Cell>(cell), static_cast<cuda::Math>(math), hidden_size);
   });
-  m.def("cuda_stats_bytes", [](int64_t steps, int64_t batch, int64_t hidden_size, std::pair<int, int> tile) {
-    return cuda::stats_bytes(steps, batch, hidden_size, {tile.first, tile.second});
-  });
+  m.def("cuda_stats_bytes", &cuda::stats_bytes);
   m.def("cuda_padded_size", &cuda::padded_size);
   m.def("cuda_saved_slots", [](int cell) { return cuda::saved_slots(static_cast<Cell>(cell)); });
   m.def("cuda_gradient_sums", [](int cell, bool norm_hh, bool norm_c, bool peephole) {

@@ -66,21 +66,15 @@ FASTRNN_KERNEL void __launch_bounds__(kThreads, 1) backward_kernel(const __grid_
 
   const int64_t unit_group = static_cast<int64_t>(block.slice) * launch.tile.unit_groups + share.unit_group;
   const int gate_chunks = static_cast<int>(padded / kChunk<math>);
-  const auto share_of = [&](int chunks, int& first) {
-    const int each = (chunks + share.parts - 1) / share.parts;
-    first = share.part * each;
-    return chunks - first < each ? chunks - first : each;
-  };
   const Vec4* const packed = static_cast<const Vec4*>(a.packed_weight);
-  int first_chunk, second_chunk;
-  const int own_chunks = share_of(kFirst * gate_chunks, first_chunk);
-  const int second_chunks = kBefore ? share_of(gate_chunks, second_chunk) : (second_chunk = 0);
-  const Product<math, kProduct.octets, kProduct.held> product(
-      packed + unit_group * kFirst * gate_chunks * kWarpSize, first_chunk, own_chunks,
+  const int parts_each = launch.tile.unit_groups, first_part = share.part * parts_each;
+  const Product<math, kProduct.octets, kProduct.held, kProduct.ahead> product(
+      packed + unit_group * kFirst * gate_chunks * kWarpSize, kFirst * gate_chunks, first_part, parts_each,
       shared_weights + warp * launch.shared_chunks[0] * kWarpSize, launch.shared_chunks[0]);
   // Of n's gradients, with the reset before the product. Of the other cells the compiler drops it.
-  const Product<math, kSecond.octets, kSecond.held> second(
-      packed + (padded / kUnitGroup * kFirst + unit_group) * gate_chunks * kWarpSize, second_chunk, second_chunks,
+  const Product<math, kSecond.octets, kSecond.held, kSecond.ahead> second(
+      packed + (padded / kUnitGroup * kFirst + unit_group) * gate_chunks * kWarpSize, kBefore ? gate_chunks : 0,
+      first_part, parts_each,
       shared_weights + (kWarps * launch.shared_chunks[0] + warp * launch.shared_chunks[1]) * kWarpSize,
       launch.shared_chunks[1]);
 
@@ -226,16 +220,15 @@ FASTRNN_KERNEL void __launch_bounds__(kThreads, 1) backward_kernel(const __grid_
               add(norm_c_sums + 1, place, gradient);
               gradients[k][0] = gradient * weight;
             }
-            LastNorms::put_gradient(RowExchange(a.stats, 1, t, place.b, problem, block), place, block.slice,
-                                    gradients[k], values[k]);
+            LastNorms::put_gradient(RowExchange(a.stats, 1, t, place.b, problem), place, gradients[k], values[k]);
           }
 #pragma unroll
           for (int k = 0; k < kCells; ++k) {
             const CellPlace place(block, problem, tile, k);
             if (!place.exists) continue;
             const float deviation = active[k] ? a.deviations[kept_row(problem, t, place.b) * 4 + 3] : 0;
-            LastNorms::get_gradient(RowExchange(a.stats, 1, t, place.b, problem, block), place, values[k],
-                                    {deviation, 0}, gradients[k]);
+            LastNorms::get_gradient(RowExchange(a.stats, 1, t, place.b, problem), place, values[k], {deviation, 0},
+                                    gradients[k]);
             if (active[k]) dc[k] += gradients[k][0];
           }
         }
@@ -310,8 +303,7 @@ FASTRNN_KERNEL void __launch_bounds__(kThreads, 1) backward_kernel(const __grid_
               add(kGates + begin + i, place, dnormed[k][begin + i]);
               gradients[k][i] = dnormed[k][begin + i] * problem.norm_hh.weight[column];
             }
-            TheseNorms::put_gradient(RowExchange(a.stats, phase, t, place.b, problem, block), place, block.slice,
-                                     gradients[k], values[k]);
+            TheseNorms::put_gradient(RowExchange(a.stats, phase, t, place.b, problem), place, gradients[k], values[k]);
           }
         }
 #pragma unroll
@@ -325,8 +317,8 @@ FASTRNN_KERNEL void __launch_bounds__(kThreads, 1) backward_kernel(const __grid_
               deviations[0] = found[0];
               if constexpr (TheseNorms::kGroups == 2) deviations[1] = found[1];
             }
-            TheseNorms::get_gradient(RowExchange(a.stats, phase, t, place.b, problem, block), place, values[k],
-                                     deviations, gradients[k]);
+            TheseNorms::get_gradient(RowExchange(a.stats, phase, t, place.b, problem), place, values[k], deviations,
+                                     gradients[k]);
           }
           T* const row = dproduct + kept_row(problem, t, place.b) * dproduct_row;
           const bool present = place.has_row && is_present(problem, t, place.b);

@@ -46,6 +46,10 @@ struct CellPlace {
         has_row(exists && tile * kRowTile + row_in_tile < block.rows),
         used(has_row && unit < problem.hidden_size) {}
 
+  // Of the 8 units that a layer norm measures together.
+  FASTRNN_DEVICE int unit_group() const { return static_cast<int>(unit / kUnitGroup); }
+  FASTRNN_DEVICE int lane() const { return unit_in_block % static_cast<int>(kUnitGroup); }
+
   const int in_tile;
   const bool exists;  // equal for the lanes of a warp
   const int unit_in_block, row_in_tile;

@@ -37,15 +37,15 @@ FASTRNN_KERNEL void __launch_bounds__(kThreads, 1) forward_kernel(const __grid_c
 
   // This warp's unit group and its part of K.
   const int64_t unit_group = static_cast<int64_t>(block.slice) * launch.tile.unit_groups + share.unit_group;
-  const int part_chunks = (chunks + share.parts - 1) / share.parts, first_chunk = share.part * part_chunks;
-  const int own_chunks = chunks - first_chunk < part_chunks ? chunks - first_chunk : part_chunks;
   const Vec4* const packed = static_cast<const Vec4*>(a.packed_weight);
-  const Product<math, kProduct.octets, kProduct.held> product(
-      packed + unit_group * chunks * kFirst * kWarpSize, first_chunk, own_chunks,
+  const int parts_each = launch.tile.unit_groups, first_part = share.part * parts_each;
+  const Product<math, kProduct.octets, kProduct.held, kProduct.ahead> product(
+      packed + unit_group * chunks * kFirst * kWarpSize, chunks, first_part, parts_each,
       shared_weights + warp * launch.shared_chunks[0] * kFirst * kWarpSize, launch.shared_chunks[0]);
   // Of the other cells the compiler drops it.
-  const Product<math, kSecond.octets, kSecond.held> second(
-      packed + (padded / kUnitGroup * kFirst + unit_group) * chunks * kWarpSize, first_chunk, kBefore ? own_chunks : 0,
+  const Product<math, kSecond.octets, kSecond.held, kSecond.ahead> second(
+      packed + (padded / kUnitGroup * kFirst + unit_group) * chunks * kWarpSize, kBefore ? chunks : 0, first_part,
+      parts_each,
       shared_weights + (kWarps * launch.shared_chunks[0] * kFirst + warp * launch.shared_chunks[1]) * kWarpSize,
       launch.shared_chunks[1]);
 
@@ -122,15 +122,14 @@ FASTRNN_KERNEL void __launch_bounds__(kThreads, 1) forward_kernel(const __grid_c
 #pragma unroll
         for (int k = 0; k < kCells; ++k) {
           const CellPlace place(block, problem, tile, k);
-          if (place.exists)
-            FirstNorms::put(RowExchange(a.stats, 0, t, place.b, problem, block), place, block.slice, pre[k]);
+          if (place.exists) FirstNorms::put(RowExchange(a.stats, 0, t, place.b, problem), place, pre[k]);
         }
 #pragma unroll
         for (int k = 0; k < kCells; ++k) {
           const CellPlace place(block, problem, tile, k);
           if (!place.exists) continue;
           float means[2], deviations[2];
-          FirstNorms::get(RowExchange(a.stats, 0, t, place.b, problem, block), place, pre[k], means, deviations);
+          FirstNorms::get(RowExchange(a.stats, 0, t, place.b, problem), place, pre[k], means, deviations);
           if (!active[k]) continue;
           const int64_t row = kept_row(problem, t, place.b);
           if (a.deviations && place.unit == 0) {
@@ -176,7 +175,7 @@ FASTRNN_KERNEL void __launch_bounds__(kThreads, 1) forward_kernel(const __grid_c
           if (!place.exists) continue;
           Parts<1>::get(met, share, place.row_in_tile, place.unit_in_block, n[k]);
           if (norms && problem.norm_hh.weight)
-            LastNorms::put(RowExchange(a.stats, 1, t, place.b, problem, block), place, block.slice, n[k]);
+            LastNorms::put(RowExchange(a.stats, 1, t, place.b, problem), place, n[k]);
         }
 #pragma unroll
         for (int k = 0; k < kCells; ++k) {
@@ -185,7 +184,7 @@ FASTRNN_KERNEL void __launch_bounds__(kThreads, 1) forward_kernel(const __grid_c
           const int64_t column = 2 * hidden + place.unit;
           if (norms && problem.norm_hh.weight) {
             float means[2], deviations[2];
-            LastNorms::get(RowExchange(a.stats, 1, t, place.b, problem, block), place, n[k], means, deviations);
+            LastNorms::get(RowExchange(a.stats, 1, t, place.b, problem), place, n[k], means, deviations);
             if (active[k]) {
               const int64_t row = kept_row(problem, t, place.b);
               if (a.deviations && place.unit == 0) a.deviations[row * 4 + 1] = deviations[0];
@@ -244,7 +243,7 @@ FASTRNN_KERNEL void __launch_bounds__(kThreads, 1) forward_kernel(const __grid_c
           if (!place.exists) continue;
           seen[k][0] = fresh_c[k];
           if (norms && problem.norm_c.weight)
-            LastNorms::put(RowExchange(a.stats, 1, t, place.b, problem, block), place, block.slice, seen[k]);
+            LastNorms::put(RowExchange(a.stats, 1, t, place.b, problem), place, seen[k]);
         }
 #pragma unroll
         for (int k = 0; k < kCells; ++k) {
@@ -252,7 +251,7 @@ FASTRNN_KERNEL void __launch_bounds__(kThreads, 1) forward_kernel(const __grid_c
           if (!place.exists) continue;
           if (norms && problem.norm_c.weight) {
             float means[2], deviations[2];
-            LastNorms::get(RowExchange(a.stats, 1, t, place.b, problem, block), place, seen[k], means, deviations);
+            LastNorms::get(RowExchange(a.stats, 1, t, place.b, problem), place, seen[k], means, deviations);
             if (active[k]) {
               if (a.deviations && place.unit == 0) {
                 const int64_t row = kept_row(problem, t, place.b);

@@ -35,25 +35,25 @@ struct Variant {
   bool norms;
 };
 
-// One product of a kernel: rows of weights for each unit, how often K is as long as h, and the chunks of weights that
-// each warp holds in registers, which is also how many it takes at a time.
+// One product of a kernel: rows of weights for each unit, how often K is as long as h, the chunks of weights that each
+// warp holds in registers, and the chunks of h whose loads are under way at a time.
 struct Shape {
-  int octets, depths, held;
+  int octets, depths, held, ahead;
 };
 
-// As many as the registers hold without spilling (docs/cuda_kernels.md). Floats are held as two tf32 numbers each.
-constexpr Shape shape(const Variant& v, int octets, int depths, int chunks) {
-  const int less = chunks / ((v.math == Math::float32 ? 2 : 1) * (v.norms ? 2 : 1)), held = less > 0 ? less : 1;
-  return {octets, depths, held};
+// As many as the registers hold (docs/cuda_kernels.md). Floats are held as two tf32 numbers each.
+constexpr Shape shape(const Variant& v, int octets, int depths, int held, int ahead) {
+  const int less = (v.math == Math::float32 ? 2 : 1) * (v.norms ? 2 : 1);
+  return {octets, depths, held > less ? held / less : 1, ahead > less ? ahead / less : 1};
 }
 constexpr Shape forward_product(const Variant& v) {
   const int gates = first_gates(v.cell);
-  return shape(v, gates, 1, gates == 1 ? 8 : v.math == Math::float32 && v.cell == Cell::lstm ? 2 : 4);
+  return gates == 1 ? shape(v, 1, 1, 8, 8) : shape(v, gates, 1, 3, 4);
 }
 constexpr Shape backward_product(const Variant& v) {
-  return shape(v, 1, first_gates(v.cell), gate_count(v.cell) == 1 ? 8 : 6);
+  return gate_count(v.cell) == 1 ? shape(v, 1, 1, 8, 8) : shape(v, 1, first_gates(v.cell), 6, 6);
 }
-constexpr Shape second_product(const Variant& v) { return shape(v, 1, 1, 4); }
+constexpr Shape second_product(const Variant& v) { return shape(v, 1, 1, 4, 4); }
 
 // Floats of shared memory for each row and unit of a block: states, and backward the sums over time.
 constexpr int forward_states(Cell cell) { return cell == Cell::lstm ? 2 : 1; }

@@ -80,20 +80,30 @@ FASTRNN_DEVICE void multiply_chunk(float (&first)[4], float (&second)[4], const 
   }
 }
 
-// One warp's share: kOctets times 8 rows of the weights (8 hidden units, an octet for each gate), a part of K, up to 16
-// rows of the batch. Weights come in the order of pack_weights: the first kHeld chunks stay in registers, the next in
-// shared memory, and what fits in neither is read from L2 at every step.
-template <Math math, int kOctets, int kHeld>
+// K is cut into as many parts as a block has warps whatever the tile, and their sums are added as a tree over
+// neighbours, so that the result of a row depends neither on the tile nor on the batch it came in.
+constexpr int kParts = kWarps;
+
+FASTRNN_DEVICE int chunks_of_part(int chunks) { return (chunks + kParts - 1) / kParts; }
+
+// One warp's share: kOctets times 8 rows of the weights (8 hidden units, an octet for each gate), one, two or four
+// neighbouring parts of K, up to 16 rows of the batch. Weights come in the order of pack_weights: the first kHeld
+// chunks stay in registers, the next in shared memory, and what fits in neither is read from L2 at every step.
+template <Math math, int kOctets, int kHeld, int kAhead>
 class Product {
  public:
   static constexpr int kTiles = (kOctets + 1) / 2;
+  static_assert(kHeld <= kAhead, "the first batch uses all chunks that registers hold");
   using Sums = float[kTiles][2][4];
 
-  // packed: chunk 0 of this warp's unit group. `shared`: this warp's place for `shared_chunks` chunks.
-  FASTRNN_DEVICE Product(const void* packed, int first, int chunks, void* shared, int shared_chunks)
-      : first_(first), chunks_(chunks), shared_chunks_(shared_chunks) {
+  // packed: chunk 0 of this warp's unit group. K has `all_chunks`, of which `parts` parts from `first_part` on are this
+  // warp's. `shared`: this warp's place for `shared_chunks` chunks.
+  FASTRNN_DEVICE Product(const void* packed, int all_chunks, int first_part, int parts, void* shared, int shared_chunks)
+      : part_chunks_(chunks_of_part(all_chunks)), first_(first_part * part_chunks_), shared_chunks_(shared_chunks) {
+    const int left = all_chunks - first_, most = parts * part_chunks_;
+    chunks_ = left < most ? left : most;
     const int lane = threadIdx.x % kWarpSize;
-    streamed_ = static_cast<const Vec4*>(packed) + first * kOctets * kWarpSize + lane;
+    streamed_ = static_cast<const Vec4*>(packed) + first_ * kOctets * kWarpSize + lane;
     shared_ = static_cast<Vec4*>(shared) + lane;
 #pragma unroll
     for (int j = 0; j < kHeld; ++j)
@@ -110,55 +120,92 @@ class Product {
   // sums[tile][n][..] = weights times rows 8 n .. 8 n + 7 of `values` [rows, stride], waiting until they are written.
   FASTRNN_DEVICE void run(Sums& sums, const Element<math>* values, int64_t stride, int rows) const {
     const int lane = threadIdx.x % kWarpSize;
-    const Element<math>* from[2];
-    bool present[2];
+    Source source;
+    source.rows = rows;
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
-      present[n] = 8 * n + lane / 4 < rows;
-      from[n] = values + (8 * n + lane / 4) * stride + first_ * kChunk<math> + lane % 4 * (kChunk<math> / 4);
+      source.present[n] = 8 * n + lane / 4 < rows;
+      source.from[n] = values + (8 * n + lane / 4) * stride + first_ * kChunk<math> + lane % 4 * (kChunk<math> / 4);
     }
-    Sums chains[kChains];
-#pragma unroll
-    for (int chain = 0; chain < kChains; ++chain)
-#pragma unroll
-      for (int i = 0; i < kTiles * 8; ++i) chains[chain][i / 8][i / 4 % 2][i % 4] = 0;
-
-    multiply(chains, from, present, rows, 0, [&](int i, int o) { return held_[i][o]; });
-    for (int j = kHeld; j < chunks_; j += kHeld)
-      multiply(chains, from, present, rows, j, [&](int i, int o) {
-        const int behind = j + i - kHeld;
-        return behind < shared_chunks_ ? shared_[(behind * kOctets + o) * kWarpSize]
-                                       : streamed_[((j + i) * kOctets + o) * kWarpSize];
-      });
-#pragma unroll
-    for (int i = 0; i < kTiles * 8; ++i) {
-      float total = 0;
-#pragma unroll
-      for (int chain = 0; chain < kChains; ++chain) total += chains[chain][i / 8][i / 4 % 2][i % 4];
-      sums[i / 8][i / 4 % 2][i % 4] = total;
-    }
+    Tree tree(sums, part_chunks_);
+    multiply(tree, source, 0, [&](int i, int o) { return i < kHeld ? held_[i < kHeld ? i : 0][o] : weights(i, o); });
+    for (int j = kAhead; j < chunks_; j += kAhead)
+      multiply(tree, source, j, [&](int i, int o) { return weights(j + i, o); });
+    tree.finish();
   }
 
  private:
-  // Sums that are added up at the end: enough that products of two batches of 8 rows overlap.
-  static constexpr int kChains = kOctets == 1 ? 4 : 2;
+  // Of a chunk that registers do not hold.
+  FASTRNN_DEVICE Vec4 weights(int chunk, int octet) const {
+    const int behind = chunk - kHeld;
+    return behind < shared_chunks_ ? shared_[(behind * kOctets + octet) * kWarpSize]
+                                   : streamed_[(chunk * kOctets + octet) * kWarpSize];
+  }
+
+  struct Source {
+    const Element<math>* from[2];
+    bool present[2];
+    int rows;
+  };
+
+  // The sums of up to four parts, ((0 + 1) + (2 + 3)).
+  struct Tree {
+    Sums halves[2];  // of the part under way: two sums, since each product waits for the one before that it adds to
+    Sums third;
+    Sums& total;
+    const int part_chunks;
+    int left, parts = 0;  // chunks to the end of the part under way, parts that are done
+
+    FASTRNN_DEVICE Tree(Sums& total_in, int part_chunks_in)
+        : total(total_in), part_chunks(part_chunks_in), left(part_chunks_in) {
+      each([&](int tile, int n, int e) { halves[0][tile][n][e] = halves[1][tile][n][e] = total[tile][n][e] = 0; });
+    }
+
+    template <class Function>
+    FASTRNN_DEVICE void each(Function function) const {
+#pragma unroll
+      for (int i = 0; i < kTiles * 8; ++i) function(i / 8, i / 4 % 2, i % 4);
+    }
+
+    FASTRNN_DEVICE void chunk_done() {
+      if (--left == 0) part_done();
+    }
+
+    FASTRNN_DEVICE void part_done() {
+      each([&](int tile, int n, int e) {
+        const float sum = halves[0][tile][n][e] + halves[1][tile][n][e];
+        halves[0][tile][n][e] = halves[1][tile][n][e] = 0;
+        if (parts == 2)
+          third[tile][n][e] = sum;
+        else
+          total[tile][n][e] += parts == 3 ? third[tile][n][e] + sum : sum;
+      });
+      left = part_chunks;
+      ++parts;
+    }
+
+    FASTRNN_DEVICE void finish() {
+      if (left < part_chunks) part_done();
+      if (parts == 3) each([&](int tile, int n, int e) { total[tile][n][e] += third[tile][n][e]; });
+    }
+  };
 
   template <class Weights>
-  FASTRNN_DEVICE void multiply(Sums (&chains)[kChains], const Element<math>* const (&from)[2], const bool (&present)[2],
-                               int rows, int j, Weights weights) const {
-    Vec4 b[kHeld][2];
+  FASTRNN_DEVICE void multiply(Tree& tree, const Source& source, int j, Weights weights) const {
+    Vec4 b[kAhead][2];
     // All loads before the first use. Most find their words written.
 #pragma unroll
-    for (int i = 0; i < kHeld; ++i)
+    for (int i = 0; i < kAhead; ++i)
 #pragma unroll
       for (int n = 0; n < 2; ++n)
-        b[i][n] = present[n] && j + i < chunks_ ? load_exchanged(from[n] + (j + i) * kChunk<math>) : Vec4{0, 0, 0, 0};
+        b[i][n] = source.present[n] && j + i < chunks_ ? load_exchanged(source.from[n] + (j + i) * kChunk<math>)
+                                                       : Vec4{0, 0, 0, 0};
 #pragma unroll
-    for (int i = 0; i < kHeld; ++i) {
+    for (int i = 0; i < kAhead; ++i) {
       if (j + i >= chunks_) break;
 #pragma unroll
       for (int n = 0; n < 2; ++n)
-        if (!is_written(b[i][n])) b[i][n] = wait_exchanged(from[n] + (j + i) * kChunk<math>);
+        if (!is_written(b[i][n])) b[i][n] = wait_exchanged(source.from[n] + (j + i) * kChunk<math>);
       sync_warp();
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
@@ -167,23 +214,24 @@ class Product {
             2 * tile + 1 < kOctets ? weights(i, 2 * tile + 1 < kOctets ? 2 * tile + 1 : 0) : Vec4{0, 0, 0, 0};
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
-          if (n == 1 && rows <= 8) break;
-          const int chain = 2 * i % kChains;
-          multiply_chunk<math>(chains[chain][tile][n], chains[chain + 1][tile][n], low, high, b[i][n]);
+          if (n == 1 && source.rows <= 8) break;
+          multiply_chunk<math>(tree.halves[0][tile][n], tree.halves[1][tile][n], low, high, b[i][n]);
         }
       }
+      tree.chunk_done();
     }
   }
 
-  const int first_, chunks_, shared_chunks_;
+  const int part_chunks_, first_, shared_chunks_;
+  int chunks_;  // of this warp
   const Vec4* streamed_;
   Vec4* shared_;
   Vec4 held_[kHeld][kOctets];
 };
 
-// How the block's warps share a product: warp w has the unit group w % unit_groups and a part of K.
+// How the block's warps share a product: warp w has the unit group w % unit_groups and a share of K, unit_groups parts.
 struct Share {
-  int unit_group, part, parts, units;  // units of the block, a power of two
+  int unit_group, part, parts, units;  // shares of K, and units of the block, a power of two
 
   FASTRNN_DEVICE explicit Share(int unit_groups)
       : unit_group(threadIdx.x / kWarpSize % unit_groups),
@@ -220,20 +268,34 @@ struct Parts {
       }
   }
 
-  // The sum over parts, in their order.
+  // The sum over shares of K, as a tree.
   FASTRNN_DEVICE static void get(const float* parts, const Share& share, int row, int unit, float (&sums)[kOctets]) {
+    float pairs[kParts / 2][kOctets];
 #pragma unroll
-    for (int o = 0; o < kOctets; ++o) sums[o] = 0;
-    for (int part = 0; part < share.parts; ++part) {
-      const float* from = parts + (part * kRowTile + row) * row_size(share.units) + unit * kFloats;
-      if constexpr (kOctets == 1) {
-        sums[0] += from[0];
-      } else {
-        const Vec4 v = *reinterpret_cast<const Vec4*>(from);
-        const float values[4] = {bits_float(v.x), bits_float(v.y), bits_float(v.z), bits_float(v.w)};
+    for (int i = 0; i < kParts; ++i)
+      if (i < share.parts) {
+        float values[kOctets];
+        load(parts + (i * kRowTile + row) * row_size(share.units) + unit * kFloats, values);
 #pragma unroll
-        for (int o = 0; o < kOctets; ++o) sums[o] += values[o];
+        for (int o = 0; o < kOctets; ++o) pairs[i / 2][o] = i % 2 ? pairs[i / 2][o] + values[o] : values[o];
       }
+#pragma unroll
+    for (int o = 0; o < kOctets; ++o) {
+      sums[o] = pairs[0][o];
+      if (share.parts > 2) sums[o] += pairs[1][o];
+      if (share.parts > 4) sums[o] += pairs[2][o] + pairs[3][o];
+    }
+  }
+
+ private:
+  FASTRNN_DEVICE static void load(const float* from, float (&values)[kOctets]) {
+    if constexpr (kOctets == 1) {
+      values[0] = from[0];
+    } else {
+      const Vec4 v = *reinterpret_cast<const Vec4*>(from);
+      const float all[4] = {bits_float(v.x), bits_float(v.y), bits_float(v.z), bits_float(v.w)};
+#pragma unroll
+      for (int o = 0; o < kOctets; ++o) values[o] = all[o];
     }
   }
 };

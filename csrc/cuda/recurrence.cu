@@ -90,12 +90,11 @@ struct Plan {
 Plan plan(const Variant& variant, int64_t hidden_size, const Tile& tile, const Shape& product, int states,
           int64_t limit) {
   const int64_t chunks = padded_size(hidden_size) * element_size(variant.math) / 64;
-  const int64_t parts = kWarps / tile.unit_groups;
   Plan found = {};
   found.shared_bytes = 4 * (parts_floats(tile.unit_groups) + states * tile.rows * kUnitGroup * tile.unit_groups);
   const Shape shapes[2] = {product, second_product(variant)};
   for (int i = 0; i < (variant.cell == Cell::gru_reset_before ? 2 : 1); ++i) {
-    const int64_t of_warp = (shapes[i].depths * chunks + parts - 1) / parts;
+    const int64_t of_warp = tile.unit_groups * ((shapes[i].depths * chunks + kParts - 1) / kParts);
     const int64_t wanted = of_warp > shapes[i].held ? of_warp - shapes[i].held : 0;
     const int64_t bytes = kWarps * shapes[i].octets * kWarpSize * static_cast<int64_t>(sizeof(Vec4));  // of one chunk
     const int64_t room = limit > found.shared_bytes ? (limit - found.shared_bytes) / bytes : 0;
@@ -163,7 +162,7 @@ const char* run(const Direction* directions, int count, const Tile& tile, void* 
       error = fill(direction.dproduct, 0xFF, gate_count(problem.cell) * values, stream);
     }
     if (!error && direction.stats)
-      error = fill(direction.stats, 0xFF, stats_bytes(problem.steps, problem.batch, problem.hidden_size, tile), stream);
+      error = fill(direction.stats, 0xFF, stats_bytes(problem.steps, problem.batch, problem.hidden_size), stream);
     if (!error)
       error =
           pack_any(problem, direction.weight_hh, direction.packed_weight, std::is_same_v<Direction, Backward>, stream);

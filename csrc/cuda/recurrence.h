@@ -124,9 +124,9 @@ constexpr int64_t slices(int64_t hidden_size, const Tile& tile) {
   return padded_size(hidden_size) / (kUnitGroup * tile.unit_groups);
 }
 
-// Two exchanges of statistics a step, each of 16 bytes per block and row.
-constexpr int64_t stats_bytes(int64_t steps, int64_t batch, int64_t hidden_size, const Tile& tile) {
-  return 2 * steps * batch * slices(hidden_size, tile) * 16;
+// Two exchanges of statistics a step, each of 16 bytes per group of units and row.
+constexpr int64_t stats_bytes(int64_t steps, int64_t batch, int64_t hidden_size) {
+  return 2 * steps * batch * (padded_size(hidden_size) / kUnitGroup) * 16;
 }
 
 // Launch on a cudaStream_t of the current device, and do not wait. `count` directions, of equal sizes and dtypes, run

@@ -233,7 +233,7 @@ def _scratch(loop: Loop, tile: Tile) -> tuple[Tensor, Tensor | None]:
     packed = library.cuda_packed_bytes(CELL_INDEX[loop.cell], MATHS.index(_math(loop)), loop.hidden)
     stats = None
     if loop.norm_hh is not None or loop.norm_c is not None:
-        size = library.cuda_stats_bytes(loop.steps, loop.batch, loop.hidden, (tile.unit_groups, tile.rows))
+        size = library.cuda_stats_bytes(loop.steps, loop.batch, loop.hidden)
         stats = like.new_empty(size, dtype=torch.uint8)
     return like.new_empty(packed, dtype=torch.uint8), stats
 
