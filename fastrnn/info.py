@@ -38,7 +38,7 @@ def _cuda(library: Any) -> str:
         return f"not available: {native.load_error()}"
     if library.cuda_device_count() == 0:
         return f"not available: {library.cuda_status()}"
-    return "not available: this version of fastrnn has no CUDA kernels"
+    return f"available: {library.cuda_device_count()} device(s) of compute capability 8.0 or later"
 
 
 def report() -> str:

@@ -40,12 +40,13 @@ class Chip:
     shared_bytes: int  # that one block can have
     exchange_rate: float = 5e12  # bytes per second that all blocks together read from L2
     exchange_latency: float = 1e-6  # seconds from handing over a value to its arrival
+    weights_rate: float = 2.2e11  # bytes per second of weights that one block reads from shared memory
 
 
 # Bytes of one block's shared memory that states and sums over time may take; weights get the rest.
 _STATE_BYTES = 48 * 1024
 # Bytes of weights that a block holds in its registers.
-_REGISTER_BYTES = 96 * 1024
+_REGISTER_BYTES = 48 * 1024
 
 
 def pick(
@@ -70,9 +71,10 @@ def pick(
         launches = -(-batch // (groups * rows))
         weights = gates * units * padded * size
         streamed = max(0, weights - _REGISTER_BYTES - (chip.shared_bytes - _STATE_BYTES))
-        tiles = min(rows, batch) / ROW_TILE
+        tiles = -(-min(rows, batch) // ROW_TILE)
         read = slices * groups * (min(rows, batch) * padded * size + tiles * streamed)
-        time = launches * (chip.exchange_latency * (1 + 0.25 * (tiles - 1)) + read / chip.exchange_rate)
+        wait = chip.exchange_latency * (1 + 0.25 * (tiles - 1))  # a tile's wait hides behind the work on the others
+        time = launches * (wait + read / chip.exchange_rate + tiles * weights / chip.weights_rate)
         if best is None or time < best[0]:
             best = time, Tile(unit_groups, rows)
     return None if best is None else best[1]

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from fastrnn import backends
-from fastrnn.backends import cpu, triton
+from fastrnn.backends import cpu, cuda, triton
 from tests.ops.case import Case
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter takes CPU tensors")
@@ -24,6 +24,7 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the CPU's tensors were a GPU's."""
     monkeypatch.setattr(triton, "reasons_against", lambda call: [])
     monkeypatch.setattr(cpu, "reasons_against", lambda call: ["the tensors are on cuda:0, not on the CPU"])
+    monkeypatch.setattr(cuda, "reasons_against", lambda call: ["hidden size needs more blocks than there are"])
 
 
 @pytest.mark.parametrize(
@@ -45,3 +46,11 @@ def test_auto_on_a_gpu(case: Case, picked: str, on_a_gpu: None) -> None:
         assert "not triton: each step is a launch of its own with 512 units" in text
     else:
         assert "not cpu: the tensors are on cuda:0" in text and "not reference: 'triton' comes first" in text
+
+
+@pytest.mark.parametrize("steps, hidden, picked", [(9, 64, "triton"), (1, 512, "triton"), (9, 512, "cuda")])
+def test_the_persistent_kernels_come_before_single_steps(
+    steps: int, hidden: int, picked: str, on_a_gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda, "reasons_against", lambda call: [])
+    assert backends.choose(Case("lstm", steps, 4, 20, hidden).draw()[0]) == picked

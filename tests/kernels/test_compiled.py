@@ -170,7 +170,7 @@ def test_tf32(cell: str, launches: Any, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 # A kernel with every option at once spills: its parameters alone are a dozen vectors of units.
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["lstm", "gru", "gru_reset_before"])
 def test_every_option_of_the_largest_resident_sizes(kind: str, launches: Any) -> None:
     cell = kind.removesuffix("_reset_before")
     options = options_of(cell)[: -1 if kind == "gru" else None]
@@ -181,14 +181,14 @@ def test_every_option_of_the_largest_resident_sizes(kind: str, launches: Any) ->
 STEPS = {"step_forward", "step_backward", "multiply"}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kind", KINDS)
+# In float32 the single steps below are compiled.
+@pytest.mark.parametrize("kind, dtype", [*((kind, torch.bfloat16) for kind in KINDS), ("lstm", torch.float32)], ids=str)
 def test_steps_of_large_sizes(kind: str, dtype: torch.dtype, launches: Any) -> None:
     case = Case(kind.removesuffix("_reset_before"), 2, 16, 16, 1024, KINDS[kind], dtype=dtype)
     _assert_fit(launches(case, 80), STEPS, 80, spilled=64)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["lstm", "gru_reset_before"])
 def test_steps_with_every_option(kind: str, launches: Any) -> None:
     cell = kind.removesuffix("_reset_before")
     options = options_of(cell)[: -1 if kind == "gru" else None]

@@ -8,30 +8,32 @@ from dataclasses import replace
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from fastrnn import backends
-from fastrnn.backends import RecurrenceCall, cpu
+from fastrnn.backends import cpu
 from fastrnn.ops import recurrence, recurrent_layer
 from fastrnn.ops.recurrence import check, run_step
 from fastrnn.reference import CELLS
 from tests.accuracy import assert_as_accurate
 from tests.ops.case import (
+    ALL_CELLS,
+    ARGUMENTS,
+    CELLS_AND_ARGUMENTS,
     DTYPES,
     ISAS,
-    LAYOUTS,
     LIBRARY,
     OPTIONS,
-    OUTPUTS,
     Case,
     assert_kernels_as_accurate,
+    cases,
     converted,
     forward,
     kernel_options,
     poison_scratch,
     run,
     using_isa,
+    with_rows,
 )
 
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason="no compiled extension")
@@ -53,14 +55,14 @@ SHAPES = [  # T, B, I, H
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("cell, options", [*((cell, ()) for cell in CELLS), ("gru", ("reset_after=False",))])
+@pytest.mark.parametrize("cell, options", ALL_CELLS)
 def test_shapes(cell: str, options: tuple[str, ...], shape: tuple[int, int, int, int]) -> None:
     assert_kernels_as_accurate(Case(cell, *shape, options))
 
 
 # bfloat16 has kernels of its own, whose products take two elements at once: odd sizes have half a word left over.
 @pytest.mark.parametrize("shape", SHAPES[:-1], ids=str)
-@pytest.mark.parametrize("cell, options", [*((cell, ()) for cell in CELLS), ("gru", ("reset_after=False",))])
+@pytest.mark.parametrize("cell, options", ALL_CELLS)
 def test_shapes_in_bfloat16(cell: str, options: tuple[str, ...], shape: tuple[int, int, int, int]) -> None:
     assert_kernels_as_accurate(Case(cell, *shape, options, dtype=torch.bfloat16), ISAS[:1])
 
@@ -71,37 +73,8 @@ def test_a_thousand_steps(cell: str, dtype: torch.dtype) -> None:
     assert_kernels_as_accurate(Case(cell, 1000, 2, 3, 5, dtype=dtype))
 
 
-ARGUMENTS = {
-    "no_states": {"states": ()},
-    "h0_only": {"states": ("h0",)},
-    "c0_only": {"states": ("c0",)},
-    "no_biases": {"biases": ()},
-    "bias_ih_only": {"biases": ("bias_ih",)},
-    "bias_hh_only": {"biases": ("bias_hh",)},
-    "reverse": {"reverse": True},
-    "gates_x": {"project": False},
-    "packed": {"packed": True},
-    "packed_reverse": {"packed": True, "reverse": True},
-    "packed_gates_x": {"packed": True, "project": False},
-    "dy_only": {"outputs": ("y",)},
-    "dh_n_only": {"outputs": ("h_n",)},
-    "dc_n_only": {"outputs": ("c_n",)},
-    "needs_x": {"needs": ("x",)},
-    "needs_h0": {"needs": ("h0",)},
-    "needs_weight_ih": {"needs": ("weight_ih",)},
-    "needs_weight_hh": {"needs": ("weight_hh",)},
-    "needs_biases": {"needs": ("bias_ih", "bias_hh")},
-    **{layout: {"layout": layout} for layout in LAYOUTS if layout != "contiguous"},
-}
-
-
-ONLY_LSTM = ("c0_only", "dc_n_only")
-
-
 @pytest.mark.parametrize("shape", [(7, 3, 5, 9), (1, 4, 20, 40)], ids=str)
-@pytest.mark.parametrize(
-    "cell, arguments", [(cell, name) for cell in CELLS for name in ARGUMENTS if cell == "lstm" or name not in ONLY_LSTM]
-)
+@pytest.mark.parametrize("cell, arguments", CELLS_AND_ARGUMENTS)
 def test_arguments(cell: str, arguments: str, shape: tuple[int, int, int, int]) -> None:
     assert_kernels_as_accurate(Case(cell, *shape, **ARGUMENTS[arguments]))
 
@@ -154,46 +127,8 @@ def test_no_combination_of_kernel_options_runs_elsewhere(cell: str) -> None:
                 assert backends.choose(call) == "cpu", (combination, dtype)
 
 
-@st.composite
-def cases(draw: st.DrawFn) -> Case:
-    cell = draw(st.sampled_from(list(CELLS)))
-    packed = draw(st.booleans())
-    dtype = draw(st.sampled_from(DTYPES))
-    small, odd = st.integers(1, 6), st.sampled_from([1, 7, 15, 17, 33, 64, 129])
-    available = [option for option in kernel_options(cell) if not (packed and option == "lengths")]
-    names = ["x", "weight_ih", "weight_hh", "bias_ih", "bias_hh", "h0", "c0"]
-    steps = draw(small | st.sampled_from([1, 12]))
-    options = tuple(option for option in available if draw(st.booleans()))
-    batch, inputs, hidden, layouts = draw(small | odd), draw(small | odd), draw(small | odd), list(LAYOUTS)
-    if {"layer_norm", "layer_norm_c"} & set(options):
-        # Equal numbers have no deviation, and the norm of few is little but their signs: mere rounding error. In
-        # float16 the yardstick, which squares small numbers, is NaN at times.
-        hidden = max(hidden, 15)
-        layouts.remove("expanded")
-        dtype = torch.float32 if dtype is torch.float16 else dtype
-    return Case(
-        cell,
-        steps,
-        batch,
-        inputs,
-        hidden,
-        options,
-        biases=draw(st.sampled_from([("bias_ih", "bias_hh"), ("bias_ih",), ("bias_hh",), ()])),
-        states=draw(st.sampled_from([("h0", "c0"), ("h0",), ("c0",), ()])),
-        project=draw(st.booleans()),
-        packed=packed,
-        reverse=draw(st.booleans()),
-        longest=None if packed else draw(st.integers(0, steps)),
-        zoneout_seed=draw(st.none() | st.integers(0, 2**63 - 1)),
-        layout=draw(st.sampled_from(layouts)),
-        outputs=draw(st.sampled_from([OUTPUTS, ("y",), ("h_n", "c_n"), ("y", "c_n"), ("y", "c_all")])),
-        needs=draw(st.none() | st.sets(st.sampled_from(names), min_size=1).map(lambda some: tuple(sorted(some)))),
-        dtype=dtype,
-    )
-
-
 @settings(max_examples=150)
-@given(cases())
+@given(cases(kernel_options, DTYPES))
 def test_drawn_calls(case: Case) -> None:
     assert_kernels_as_accurate(case)
 
@@ -250,17 +185,6 @@ def test_empty(cell: str, shape: tuple[int, int, int, int]) -> None:
 # Bitwise
 
 
-def _single(call: RecurrenceCall, b: int) -> RecurrenceCall:
-    row = slice(b, b + 1)
-    per_row = {name: getattr(call, name) for name in ("h0", "c0", "recurrent_mask", "lengths")}
-    return replace(
-        call,
-        x=call.x[:, row],
-        resets=None if call.resets is None else call.resets[:, row],
-        **{name: None if tensor is None else tensor[row] for name, tensor in per_row.items()},
-    )
-
-
 def _options_by_row(cell: str) -> tuple[str, ...]:
     """Options under which a row's result depends on the row alone; zoneout draws by its place in the batch."""
     return tuple(option for option in kernel_options(cell) if option != "zoneout") if LIBRARY else ()
@@ -280,7 +204,7 @@ def test_a_row_does_not_depend_on_its_batch(
         call, _ = Case(cell, *shape, options, dtype=dtype).draw()
         together = forward(call, "cpu")
         for b in range(shape[1]):
-            alone = forward(_single(call, b), "cpu")
+            alone = forward(with_rows(call, [b]), "cpu")
             for name, result in alone.items():
                 rows = together[name][:, b : b + 1] if result.dim() == 3 else together[name][b : b + 1]
                 assert torch.equal(result, rows), (options, name, b)

@@ -1,6 +1,6 @@
 """The Triton kernels of the recurrence against the fp64 reference: results and all gradients.
 
-The grid is thin, since the interpreter takes 0.05 s for a sequence and more for one that goes step by step: each option
+The grid is thin, since the interpreter takes 0.05 s for a sequence and more for one that goes step by step: options
 alone and all at once, the other dimensions in combination with all.
 """
 
@@ -50,10 +50,11 @@ ALL_CELLS = [*((cell, ()) for cell in CELLS), ("gru", ("reset_after=False",))]
 ALL_OPTIONS = [pytest.param(cell, options_of(cell), id=cell) for cell in CELLS]
 # A GRU with every option has its reset gate before the product: another time without.
 EVERY_KIND = [*ALL_OPTIONS, pytest.param("gru", options_of("gru")[:-1], id="gru_reset_after")]
-EACH_OPTION = [pytest.param(cell, (o,), id=f"{cell}-{o}") for cell in CELLS for o in options_of(cell)]
+# What RNNs do with an option is what GRUs do with it.
+EACH_OPTION = [pytest.param(cell, (o,), id=f"{cell}-{o}") for cell in ("lstm", "gru") for o in options_of(cell)]
 
 
-@pytest.mark.parametrize("shape", [(7, 3, 5, 9), (2, 33, 40, 20), (2, 2, 5, 70), (2, 17, 3, 64)], ids=str)
+@pytest.mark.parametrize("shape", [(7, 3, 5, 9), (2, 33, 40, 20), (2, 2, 5, 70)], ids=str)
 @pytest.mark.parametrize("cell, options", ALL_CELLS)
 def test_shapes(cell: str, options: tuple[str, ...], shape: tuple[int, int, int, int]) -> None:
     assert_triton_as_accurate(Case(cell, *shape, options))
@@ -75,16 +76,16 @@ def test_options(cell: str, options: tuple[str, ...], hidden: int) -> None:
     assert_triton_as_accurate(Case(cell, 3, 9, 20, hidden, options), most_draws=2)
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("cell, options", EVERY_KIND)
-def test_all_options_in_reverse(cell: str, options: tuple[str, ...], hidden: int, packed: bool) -> None:
-    options = options[1:] if packed else options  # without lengths
-    assert_triton_as_accurate(Case(cell, 3, 6, 20, hidden, options, packed=packed, reverse=True), most_draws=2)
+def test_all_options_in_reverse(cell: str, options: tuple[str, ...], hidden: int) -> None:
+    assert_triton_as_accurate(Case(cell, 3, 6, 20, hidden, options, reverse=True), most_draws=1)
 
 
-@pytest.mark.parametrize("cell, options", EVERY_KIND)
-def test_all_options_packed(cell: str, options: tuple[str, ...], hidden: int) -> None:
-    assert_triton_as_accurate(Case(cell, 3, 6, 20, hidden, options[1:], packed=True), most_draws=2)
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_all_options_packed(cell: str, reverse: bool, hidden: int) -> None:
+    options = options_of(cell)[1:]  # without lengths
+    assert_triton_as_accurate(Case(cell, 3, 6, 20, hidden, options, packed=True, reverse=reverse), most_draws=1)
 
 
 @pytest.mark.parametrize("cell, options", EVERY_KIND)
@@ -122,9 +123,8 @@ def test_arguments_of_an_lstm(arguments: str, hidden: int) -> None:
 
 
 @pytest.mark.parametrize("arguments", [name for name in ARGUMENTS if name not in ("c0_only", "dc_n_only")])
-@pytest.mark.parametrize("cell", ["rnn_tanh", "gru"])
-def test_arguments(cell: str, arguments: str) -> None:
-    assert_triton_as_accurate(Case(cell, 3, 9, 20, 25, **ARGUMENTS[arguments]), most_draws=2)
+def test_arguments_of_a_gru(arguments: str) -> None:
+    assert_triton_as_accurate(Case("gru", 3, 9, 20, 25, **ARGUMENTS[arguments]), most_draws=2)
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 5, 9), (4, 0, 5, 9), (0, 0, 5, 9)], ids=str)
