@@ -28,6 +28,16 @@ def test_page_is_what_the_build_gives(capsys):
     assert cuda_resources.main(["--check"]) == 0, capsys.readouterr().err
 
 
+def test_no_kernel_spills_much():
+    """Bytes written and read by instructions that a step may pass; 255 registers are all that a thread can have."""
+    if shutil.which("nvcc") is None:
+        pytest.skip("no nvcc on PATH")
+    found = cuda_resources.logs(cuda_resources.build_folder())
+    kernels = [usages for log in found.values() for usages in cuda_resources.parse(log).values()]
+    spills = [usage.spills for usages in kernels for usage in usages.values()]
+    assert len(spills) >= 160 and max(spills) <= 256
+
+
 def test_figures_of_every_function():
     table = cuda_resources.table(cuda_resources.parse(LOG))
     assert "| `step<Block, 8>` | sm_80 / sm_90 | 128 / 96 | 48 / 0 | 100 / 0 | 1024 / 0 |" in table
