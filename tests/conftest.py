@@ -15,6 +15,10 @@ hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000
 hypothesis.settings.load_profile("repeatable")
 
 
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    return "+".join(val) or "plain" if argname == "options" and isinstance(val, tuple) else None
+
+
 @pytest.fixture(autouse=True)
 def settings() -> Iterator[None]:
     """Two threads, a fixed seed, and NaN in what torch.empty gives out: whoever reads it before writing fails."""

@@ -18,6 +18,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 CACHE = ROOT / "build" / "cuda_emulator"
+CSRC = ROOT / "csrc"
 EXTENSION_BUILD = ROOT / "build" / f"{sys.implementation.cache_tag}-{sysconfig.get_platform()}"  # as in setup.py
 
 COMPILER = os.environ.get("CXX", "g++")
@@ -26,13 +27,13 @@ FLAGS = [
     *("-fno-strict-aliasing", "-ffp-contract=off", "-fno-omit-frame-pointer"),
     "-fstack-clash-protection",  # a large frame touches every page: it cannot step over the guard of a stack
     *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
-    *("-DFASTRNN_CUDA_EMULATED", f"-I{HERE}", f"-I{ROOT / 'csrc'}"),
+    *("-DFASTRNN_CUDA_EMULATED", f"-I{HERE}"),
 ]
-# With -O2, or with all of "undefined", the address sanitizer takes two to ten times as long to compile.
+# With -O1, or with all of "undefined", the address sanitizer takes seven times as long to compile.
 SANITIZERS = {
     None: [],
     "address": [
-        "-O1",
+        "-O0",
         "-fsanitize=address,alignment,bounds,shift",
         "-fno-sanitize-recover=all",
         "-Wno-maybe-uninitialized",
@@ -51,23 +52,25 @@ def unavailable() -> str | None:
 
 def shared_library(sources: Sequence[Path], *, sanitizer: str | None = None, defines: Sequence[str] = ()) -> Path:
     """A library with the sources and the emulator; functions to be found in it need default visibility."""
-    return _link("lib", ".so", ["-shared"], sources, sanitizer, defines)
+    return _link("lib", ".so", ["-shared"], sources, sanitizer, defines, CSRC)
 
 
-def program(sources: Sequence[Path], *, sanitizer: str | None = None, defines: Sequence[str] = ()) -> Path:
-    """A program with the sources, one of which has main(), and the emulator.
+def program(
+    sources: Sequence[Path], *, sanitizer: str | None = None, defines: Sequence[str] = (), csrc: Path = CSRC
+) -> Path:
+    """A program with the sources, one of which has main(), and the emulator. csrc: the folder of their headers.
 
     Sanitizer "address" also reports misaligned addresses, indices outside of arrays and shifts that are too wide;
     "thread" reports races. Python inside of the process would be in the way of both.
     """
-    return _link("", "", ["-pie"], sources, sanitizer, defines)
+    return _link("", "", ["-pie"], sources, sanitizer, defines, csrc)
 
 
 def cuda_object(source: Path) -> Path:
     """The source compiled by nvcc, for sm_80 and sm_90."""
-    flags = ["-std=c++17", "-Werror", "all-warnings", "--expt-relaxed-constexpr", "--threads=2", f"-I{ROOT / 'csrc'}"]
+    flags = ["-std=c++17", "-Werror", "all-warnings", "--expt-relaxed-constexpr", "--threads=2"]
     flags += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in (80, 90)]
-    return _compile(source, "nvcc", flags)
+    return _compile(source, "nvcc", flags, CSRC)
 
 
 def environment(
@@ -111,21 +114,28 @@ def python(*arguments: str, env: Mapping[str, str] | None = None) -> subprocess.
 
 
 def _link(
-    prefix: str, suffix: str, flags: list[str], sources: Sequence[Path], sanitizer: str | None, defines: Sequence[str]
+    prefix: str,
+    suffix: str,
+    flags: list[str],
+    sources: Sequence[Path],
+    sanitizer: str | None,
+    defines: Sequence[str],
+    csrc: Path,
 ) -> Path:
     defined = [f"-D{define}" for define in defines]
-    jobs = [(HERE / "emulator.cpp", ["-O3"])]  # never with a sanitizer: see there
-    jobs += [(source, ["-x", "c++", *SANITIZERS[sanitizer], *defined]) for source in sources]
+    jobs = [(HERE / "emulator.cpp", ["-O3"], CSRC)]  # never with a sanitizer: see there
+    jobs += [(source, ["-x", "c++", *SANITIZERS[sanitizer], *defined], csrc) for source in sources]
     with ThreadPoolExecutor() as pool:
-        objects = list(pool.map(lambda job: _compile(job[0], COMPILER, [*FLAGS, *job[1]]), jobs))
+        objects = list(pool.map(lambda job: _compile(job[0], COMPILER, [*FLAGS, *job[1]], job[2]), jobs))
     flags = [*flags, *SANITIZERS[sanitizer]]
     name = _hash([" ".join(flags), *(o.name for o in objects)])
     output = CACHE / f"{prefix}{sources[0].stem}-{name}{suffix}"
     return _make(output, lambda path: [COMPILER, *flags, *map(str, objects), "-o", path])
 
 
-def _compile(source: Path, compiler: str, flags: list[str]) -> Path:
-    headers = [*HERE.glob("*.h"), *(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc/cuda").glob("*.h")]
+def _compile(source: Path, compiler: str, flags: list[str], csrc: Path) -> Path:
+    flags = [*flags, f"-I{csrc}"]
+    headers = [*HERE.glob("*.h"), *csrc.glob("*.h"), *(csrc / "cuda").glob("*.h")]
     headers += source.parent.glob("*.h")
     contents = [p.read_text() for p in (source, *sorted(set(headers)))]
     name = _hash([_version(compiler), " ".join(flags), *contents])

@@ -53,6 +53,7 @@ constexpr uint8_t kSharedFill = 0xFF, kGapFill = 0xA5;           // 0xFFFF and 0
 constexpr int kMostThreads = 30000;     // at once: each has two memory maps, of the 65530 of a process
 constexpr int kMostTsanThreads = 8000;  // libtsan of gcc 12 dies above 8128 fibers
 constexpr int kFewThreads = 1024;       // as many are enough where blocks need not run at once
+constexpr int kFewTsanThreads = 512;    // each costs 1 ms to begin with
 constexpr int kSpins = 64;              // loads of unwritten words after which a thread rests until others have run
 constexpr int kIdleRounds = 100;        // after which threads that only spin are a deadlock
 
@@ -620,7 +621,7 @@ const char* run_launch(const Launch& launch) {
 
   int live = launch.blocks;
   if (!launch.cooperative) {
-    live = std::min({live, resident, kFewThreads / launch.threads});
+    live = std::min({live, resident, (with_tsan() ? kFewTsanThreads : kFewThreads) / launch.threads});
     live = std::max(live / cluster, 1) * cluster;
   }
   const int most = with_tsan() ? kMostTsanThreads : kMostThreads;

@@ -16,7 +16,7 @@ from fastrnn.backends import RecurrenceCall, gpu
 from fastrnn.nn import GRU, LSTM, LSTMCell
 from fastrnn.ops.recurrence import run_on
 from fastrnn.reference import CELLS
-from tests.ops.case import Case, assert_results_as_accurate, forward, on_device, options_of, run
+from tests.ops.case import ALL_CELLS, Case, assert_results_as_accurate, forward, on_device, options_of, run
 
 pytestmark = pytest.mark.gpu
 
@@ -46,7 +46,6 @@ def assert_accurate(case: Case, backend: str, most_draws: int = 4) -> None:
     assert_results_as_accurate(case, {backend: runner}, most_draws)
 
 
-ALL_CELLS = [*((cell, ()) for cell in CELLS), ("gru", ("reset_after=False",))]
 EVERY_KIND = [
     *(pytest.param(cell, options_of(cell), id=cell) for cell in CELLS),
     pytest.param("gru", options_of("gru")[:-1], id="gru_reset_after"),

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastrnn.backends import cuda
-from tests.ops.case import OPTIONS
+from tests.ops.case import options_of
 
 MATHS = list(cuda.MATHS)
 
@@ -20,9 +20,9 @@ def dtype_of(math: str) -> torch.dtype:
     return torch.float32 if math == "tf32" else getattr(torch, math)
 
 
-def options_of(cell: str) -> tuple[str, ...]:
+def cuda_options(cell: str) -> tuple[str, ...]:
     """All that the kernels have for this cell."""
-    return tuple(option for option, cells in OPTIONS.items() if cell in cells and option != "proj_size")
+    return tuple(option for option in options_of(cell) if option != "proj_size")
 
 
 @contextlib.contextmanager

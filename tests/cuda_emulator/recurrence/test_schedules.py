@@ -12,13 +12,13 @@ from fastrnn.backends import cuda
 from fastrnn.backends.gpu import Loop
 from fastrnn.ops.recurrence import check, run_together
 from fastrnn.reference import CELLS
-from tests.cuda_emulator.recurrence.device import MATHS, dtype_of, emulated, options_of, products, tile
+from tests.cuda_emulator.recurrence.device import MATHS, cuda_options, dtype_of, emulated, products, tile
 from tests.ops.case import ALL_CELLS, OUTPUTS, Case, run, with_rows
 
 
 # Options under which a row's result depends on the row alone; zoneout draws by its place in the batch.
 def _options_by_row(cell: str) -> tuple[str, ...]:
-    return tuple(option for option in options_of(cell) if option not in ("zoneout", "reset_after=False"))
+    return tuple(option for option in cuda_options(cell) if option not in ("zoneout", "reset_after=False"))
 
 
 def assert_same_bits(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
@@ -45,18 +45,39 @@ def test_every_order_of_the_threads(
                     assert_same_bits(run(call, "cuda", gradients), first)
 
 
+WITH_OPTIONS = [(cell, (*_options_by_row(cell), *options)) for cell, options in ALL_CELLS]
+
+
 @pytest.mark.parametrize("arithmetic", MATHS)
-@pytest.mark.parametrize("cell, options", [*ALL_CELLS, *((cell, _options_by_row(cell)) for cell in CELLS)])
+@pytest.mark.parametrize("cell, options", [*ALL_CELLS, *WITH_OPTIONS])
 def test_a_row_does_not_depend_on_its_batch(cell: str, options: tuple[str, ...], arithmetic: str) -> None:
+    """Nor does it on the shape of the blocks, which the batch decides."""
     # Torch's projection of x does depend on it.
     call, _ = Case(cell, 3, 19, 3, 33, options, project=False, dtype=dtype_of(arithmetic)).draw()
     order = [5, *reversed(range(5)), *range(6, 19)]
     with products(arithmetic):
         together = run(call, "cuda", {})
-        for rows in ([0], [17], order):
-            alone = run(with_rows(call, rows), "cuda", {})
+        for unit_groups, rows in ((1, [0]), (2, [17]), (4, [18]), (1, order)):
+            with tile(unit_groups):
+                alone = run(with_rows(call, rows), "cuda", {})
             expected = {name: out[:, rows] if out.dim() == 3 else out[rows] for name, out in together.items()}
             assert_same_bits(alone, expected)
+
+
+# 150: several chunks of K in each part of a product.
+@pytest.mark.parametrize("arithmetic", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "cell, options, hidden", [*((*kind, 33) for kind in WITH_OPTIONS), *((*kind, 150) for kind in ALL_CELLS)]
+)
+def test_gradients_do_not_depend_on_the_shape_of_the_blocks(
+    cell: str, options: tuple[str, ...], hidden: int, arithmetic: str
+) -> None:
+    call, gradients = Case(cell, 2, 19, 3, hidden, options, dtype=dtype_of(arithmetic)).draw()
+    with tile(1):
+        expected = run(call, "cuda", gradients)
+    for unit_groups, rows in ((2, 32), (4, 16)):
+        with tile(unit_groups, rows):
+            assert_same_bits(run(call, "cuda", gradients), expected)
 
 
 def _norms(cell: str) -> tuple[str, ...]:
@@ -100,7 +121,7 @@ def test_both_directions_at_once(cell: str, monkeypatch: pytest.MonkeyPatch) -> 
 
         monkeypatch.setattr(cuda, name, count_and_launch)
 
-    options = options_of(cell)
+    options = cuda_options(cell)
     draws = [
         Case(cell, 4, 18, 3, 40, options, reverse=reverse).draw(seed) for seed, reverse in enumerate((False, True))
     ]

@@ -18,6 +18,7 @@ from fastrnn.ops import recurrent_layer
 from fastrnn.ops.recurrence import run_on
 from fastrnn.reference import CELLS
 from tests.ops.case import (
+    ALL_CELLS,
     LAYOUTS,
     Case,
     assert_results_as_accurate,
@@ -46,7 +47,6 @@ def assert_triton_as_accurate(case: Case, most_draws: int = 3) -> None:
     assert_results_as_accurate(case, {"triton": _triton}, most_draws)
 
 
-ALL_CELLS = [*((cell, ()) for cell in CELLS), ("gru", ("reset_after=False",))]
 ALL_OPTIONS = [pytest.param(cell, options_of(cell), id=cell) for cell in CELLS]
 # A GRU with every option has its reset gate before the product: another time without.
 EVERY_KIND = [*ALL_OPTIONS, pytest.param("gru", options_of("gru")[:-1], id="gru_reset_after")]
