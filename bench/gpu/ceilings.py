@@ -26,12 +26,17 @@ def precision(dtype: str) -> Iterator[None]:
     """How torch multiplies fp32: TF32 for "tf32", else IEEE."""
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
-    torch.backends.cudnn.allow_tf32 = dtype == "tf32"
+    _let_cudnn_take_tf32(dtype == "tf32")
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]
+        _let_cudnn_take_tf32(before[1])
+
+
+def _let_cudnn_take_tf32(allowed: bool) -> None:
+    # Not by the attribute, which torch's own testing utilities freeze for the whole process.
+    torch.backends.cudnn.set_flags(_allow_tf32=allowed, _fp32_precision=None)
 
 
 def measure(device: str, timer: Timer, copy_bytes: int = COPY_BYTES, product_size: int = PRODUCT_SIZE) -> Ceilings:
