@@ -408,7 +408,6 @@ void bind_cuda(py::module_& m) {
     return cuda::packed_bytes(static_cast<Cell>(cell), static_cast<cuda::Math>(math), hidden_size);
   });
   m.def("cuda_stats_bytes", &cuda::stats_bytes);
-  m.def("cuda_padded_size", &cuda::padded_size);
   m.def("cuda_saved_slots", [](int cell) { return cuda::saved_slots(static_cast<Cell>(cell)); });
   m.def("cuda_gradient_sums", [](int cell, bool norm_hh, bool norm_c, bool peephole) {
     return cuda::gradient_sums(static_cast<Cell>(cell), norm_hh, norm_c, peephole);

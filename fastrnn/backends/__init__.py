@@ -9,11 +9,13 @@ from types import ModuleType
 
 import torch
 
-from fastrnn.backends import aten, cpu, cuda, reference, triton
+from fastrnn.backends import aten, attention, cpu, cuda, reference, triton
+from fastrnn.backends.attention.call import AttentionCall
 from fastrnn.backends.call import Norm, RecurrenceCall
 
 __all__ = [
     "NAMES",
+    "AttentionCall",
     "Choice",
     "Norm",
     "RecurrenceCall",
@@ -24,17 +26,21 @@ __all__ = [
     "transforming",
 ]
 
-_MODULES: dict[str, ModuleType] = {
-    "cpu": cpu,
-    "cuda": cuda,
-    "triton": triton,
-    "aten": aten,
-    "reference": reference,
-}
+Call = RecurrenceCall | AttentionCall
 
 # In the order in which "auto" asks them. The CPU kernels come before torch's operators wherever both compute the same:
 # bench/results has the measurements. Those for GPUs are not measured yet.
-NAMES = tuple(_MODULES)
+NAMES = ("cpu", "cuda", "triton", "aten", "reference")
+
+_MODULES: dict[type, dict[str, ModuleType]] = {
+    RecurrenceCall: {"cpu": cpu, "cuda": cuda, "triton": triton, "aten": aten, "reference": reference},
+    AttentionCall: {
+        "cpu": attention.cpu,
+        "triton": attention.triton,
+        "aten": attention.aten,
+        "reference": attention.reference,
+    },
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +91,7 @@ def transforming() -> bool:
 transforming._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _transform_reasons(call: RecurrenceCall) -> list[str]:
+def _transform_reasons() -> list[str]:
     """What hides the tensors' memory from a kernel, or asks for derivatives that it does not have."""
     if transforming():
         return ["a torch.func transform is active; only the reference can be transformed"]
@@ -94,13 +100,16 @@ def _transform_reasons(call: RecurrenceCall) -> list[str]:
     return []
 
 
-def reasons_against(name: str, call: RecurrenceCall) -> list[str]:
+def reasons_against(name: str, call: Call) -> list[str]:
     """Why the back end of this name cannot compute the call."""
-    found: list[str] = _MODULES[name].reasons_against(call)
-    return found if name == "reference" else _transform_reasons(call) + found
+    module = _MODULES[type(call)].get(name)
+    if module is None:
+        return ["it has no kernels for attention"]
+    found: list[str] = module.reasons_against(call)
+    return found if name == "reference" else _transform_reasons() + found
 
 
-def choose(call: RecurrenceCall, backend: str = "auto") -> str:
+def choose(call: Call, backend: str = "auto") -> str:
     """The name of the back end that computes this call.
 
     Raises ValueError for an unknown name, and NotImplementedError with all reasons where the named back end cannot
@@ -120,11 +129,11 @@ def choose(call: RecurrenceCall, backend: str = "auto") -> str:
         for name in NAMES:
             if name not in against:
                 against[name] = reasons_against(name, call)
-        _records.append(Choice(_describe(call), picked, backend, against))
+        _records.append(Choice(str(call), picked, backend, against))
     return picked
 
 
-def _first_without_reasons(call: RecurrenceCall, against: dict[str, list[str]]) -> str:
+def _first_without_reasons(call: Call, against: dict[str, list[str]]) -> str:
     """What "auto" picks. A back end that is better asked later comes last but for the reference."""
     postponed = None
     for name in NAMES:
@@ -132,18 +141,11 @@ def _first_without_reasons(call: RecurrenceCall, against: dict[str, list[str]]) 
             break
         against[name] = reasons_against(name, call)
         if not against[name]:
-            later = _MODULES[name].why_later(call) if name in ("cuda", "triton") else None
+            why_later = getattr(_MODULES[type(call)][name], "why_later", None)
+            later = None if why_later is None else why_later(call)
             if later is None:
                 return name
             against[name] = [later]
             postponed = postponed or name
     assert postponed is not None  # The reference computes everything.
     return postponed
-
-
-def _describe(call: RecurrenceCall) -> str:
-    shape = "x".join(map(str, call.x.shape))
-    direction = " reverse" if call.reverse else ""
-    return f"{call.cell}{direction}, input {shape} {str(call.x.dtype).removeprefix('torch.')}, weight_hh " + "x".join(
-        map(str, call.weight_hh.shape)
-    )

@@ -100,18 +100,18 @@ class RecurrenceCall:
         }
         return [name for name, used in given.items() if used]
 
+    @property
+    def steps(self) -> int:
+        """T."""
+        return self.x.shape[0] if self.batch_sizes is None else self.batch_sizes.shape[0]
+
+    def reasons_against_place(self, place: str, here: bool, dtypes: tuple[torch.dtype, ...]) -> list[str]:
+        """Of kernels for tensors in this place, in which the call's are or not, and of these dtypes."""
+        return place_reasons(self.x, self.tensors(), place, here, dtypes)
+
     def reasons_against_kernels(self) -> list[str]:
         """What no native kernel can compute, whatever the device and dtype."""
-        reasons = []
-        # While a graph is traced, or another dispatch mode is on, fake tensors stand in for plain ones.
-        any_type = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-        for name, tensor in self.tensors().items():
-            if tensor.layout is not torch.strided:
-                reasons.append(f"{name} has layout {tensor.layout}, not torch.strided")
-            if not (any_type or is_plain(type(tensor))):
-                reasons.append(f"{name} is a {type(tensor).__name__}, which only torch's own operators understand")
-        if torch._C._get_tracing_state() is not None:
-            reasons.append("torch.jit.trace is at work, which records torch's own operators only")
+        reasons = kernel_reasons(self.tensors())
         if self.recurrent_mask is not None and self.recurrent_mask.requires_grad:
             reasons.append("no kernel for the gradient of recurrent_mask")
         if self.weight_hh.shape[0] == 0:
@@ -119,6 +119,39 @@ class RecurrenceCall:
         if self.x.shape[-1] == 0:
             reasons.append("input size 0")
         return reasons
+
+    def __str__(self) -> str:
+        shape = "x".join(map(str, self.x.shape))
+        direction = " reverse" if self.reverse else ""
+        weight = "x".join(map(str, self.weight_hh.shape))
+        return f"{self.cell}{direction}, input {shape} {str(self.x.dtype).removeprefix('torch.')}, weight_hh {weight}"
+
+
+def place_reasons(
+    first: Tensor, tensors: dict[str, Tensor], place: str, here: bool, dtypes: tuple[torch.dtype, ...]
+) -> list[str]:
+    """What the device and dtype of a call's tensors, `first` among them, speak against kernels."""
+    # A checked call has one device, and outside autocast one dtype.
+    if not here:
+        return [f"the tensors are on {first.device}, not on {place}"]
+    if any(tensor.dtype not in dtypes for tensor in tensors.values()):
+        return [f"the tensors are {first.dtype}; the kernels are for {', '.join(map(str, dtypes))}"]
+    return []
+
+
+def kernel_reasons(tensors: dict[str, Tensor]) -> list[str]:
+    """What speaks against any native kernel, whatever the device and dtype: the tensors' layouts and types."""
+    reasons = []
+    # While a graph is traced, or another dispatch mode is on, fake tensors stand in for plain ones.
+    any_type = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    for name, tensor in tensors.items():
+        if tensor.layout is not torch.strided:
+            reasons.append(f"{name} has layout {tensor.layout}, not torch.strided")
+        if not (any_type or is_plain(type(tensor))):
+            reasons.append(f"{name} is a {type(tensor).__name__}, which only torch's own operators understand")
+    if torch._C._get_tracing_state() is not None:
+        reasons.append("torch.jit.trace is at work, which records torch's own operators only")
+    return reasons
 
 
 def is_plain(cls: type[Tensor]) -> bool:

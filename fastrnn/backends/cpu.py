@@ -13,9 +13,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from fastrnn.backends import native
 from fastrnn.backends.call import RecurrenceCall, is_plain
+from fastrnn.backends.native import CELL_INDEX
+from fastrnn.backends.tensors import address, like_rows, new_gradients, time_strides, with_unit_stride
 from fastrnn.reference import CELLS, keep_scale
-
-CELL_INDEX = {"rnn_tanh": 0, "rnn_relu": 1, "lstm": 2, "gru": 3, "gru_reset_before": 4}
 
 _GATES = {cell: CELLS[cell.removesuffix("_reset_before")].gates for cell in CELL_INDEX}
 
@@ -47,36 +47,9 @@ def reasons_against(call: RecurrenceCall) -> list[str]:
     reasons = []
     if native.load() is None:
         reasons.append(f"the compiled extension is not available ({native.load_error()})")
-    # A checked call has one device, and outside autocast one dtype.
-    if not call.x.is_cpu:
-        reasons.append(f"the tensors are on {call.x.device}, not on the CPU")
-    elif any(tensor.dtype not in DTYPES for tensor in call.tensors().values()):
-        reasons.append(f"the tensors are {call.x.dtype}; the kernels are for {', '.join(map(str, DTYPES))}")
+    reasons += call.reasons_against_place("the CPU", call.x.is_cpu, DTYPES)
     reasons += [f"no kernel for {option} yet" for option in call.options() if option not in KERNEL_OPTIONS]
     return reasons + call.reasons_against_kernels()
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _time_strides(tensor: Tensor) -> tuple[int, int]:
-    """Elements from step to step and from row to row; packed data have rows only."""
-    return (tensor.stride(0), tensor.stride(1)) if tensor.dim() == 3 else (0, tensor.stride(0))
-
-
-def _with_unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def new_like_rows(x: Tensor, columns: int, dtype: torch.dtype | None = None) -> Tensor:
-    """An empty [T, B, columns], batch-major in memory where x is; [N, columns] when packed. By default of x's dtype."""
-    if x.dim() == 2:
-        return x.new_empty(x.shape[0], columns, dtype=dtype)
-    steps, batch, _ = x.shape
-    if batch > 1 and steps > 1 and x.stride(0) < x.stride(1):
-        return x.new_empty(batch, steps, columns, dtype=dtype).transpose(0, 1)
-    return x.new_empty(steps, batch, columns, dtype=dtype)
 
 
 def workspace(
@@ -133,11 +106,11 @@ def _layout(
         x.shape[-1],
         hidden,
         outputs,
-        *map(_address, (lengths, batch_sizes, resets)),
+        *map(address, (lengths, batch_sizes, resets)),
         (0, 0) if resets is None else resets.stride(),
         zoneout,
         zoneout_seed,
-        _address(recurrent_mask),
+        address(recurrent_mask),
         x.dtype is torch.bfloat16,
     )
 
@@ -207,7 +180,7 @@ def launch_step(
     saved: Tensor | None,
 ) -> None:
     """One step, x [1, B, I], into h, c (LSTM) and, where it has elements, saved."""
-    x = _with_unit_stride(x)
+    x = with_unit_stride(x)
     inputs = [None if t is None else t.contiguous() for t in (weight_ih, weight_hh, bias_ih, bias_hh, h0, c0)]
     native.load().step(  # type: ignore[union-attr]
         CELL_INDEX[cell],
@@ -216,10 +189,10 @@ def launch_step(
         weight_hh.shape[1],
         x.data_ptr(),
         x.stride(1),
-        *map(_address, inputs),
+        *map(address, inputs),
         h.data_ptr(),
-        _address(c),
-        _address(saved),
+        address(c),
+        address(saved),
         torch.get_num_threads(),
     )
 
@@ -259,12 +232,12 @@ def forward(
     library: Any = native.load()
     gates = _GATES[cell]
     hidden, outputs = weight_hh.shape[0] // gates, weight_hh.shape[1]
-    x = _with_unit_stride(x)
+    x = with_unit_stride(x)
     lstm = cell == "lstm"
     batch = _batch(x, batch_sizes)
     rows = x.shape[0] * x.shape[1] if batch_sizes is None else x.shape[0]
     expected = zoneout > 0 and zoneout_seed is None
-    y = new_like_rows(x, outputs)
+    y = like_rows(x, outputs)
     h_n = x.new_empty(batch, outputs, dtype=torch.float32)
     c_n = x.new_empty((batch, hidden) if lstm else 0, dtype=torch.float32)
     *others, weight_hr = parameters
@@ -272,7 +245,7 @@ def forward(
     sizes = library.saved_sizes(CELL_INDEX[cell], rows, hidden, expected, _has_norms(parameters))
     saved = workspace(x, (sum(sizes) if save else 0,))
     if lstm and cell_states:
-        c_all = new_like_rows(x, hidden, torch.float32)
+        c_all = like_rows(x, hidden, torch.float32)
     elif lstm and save:
         c_all = workspace(x, (*y.shape[:-1], hidden), y.stride() if weight_hr is None else None)
     else:
@@ -297,18 +270,18 @@ def forward(
     library.forward(
         _layout(cell, x, hidden, outputs, *options),
         x.data_ptr(),
-        _time_strides(x),
+        time_strides(x),
         None if weight_ih is None else _pack(weight_ih, x.dtype, cell, gates, False, False, reuse),
         _pack(weight_hh, x.dtype, cell, gates, True, False, reuse),
         None if weight_hr is None else _pack(weight_hr, x.dtype, "rnn_tanh", 1, False, False, reuse),
-        *map(_address, (bias_ih, bias_hh, h0, c0, y)),
-        _time_strides(y),
+        *map(address, (bias_ih, bias_hh, h0, c0, y)),
+        time_strides(y),
         h_n.data_ptr(),
-        _address(c_n) if lstm else 0,
-        _address(saved) if save and sizes[0] else 0,
-        _address(c_all) if c_all.numel() else 0,
-        _time_strides(c_all) if c_all.numel() else (0, 0),
-        [*map(_address, others)],
+        address(c_n) if lstm else 0,
+        address(saved) if save and sizes[0] else 0,
+        address(c_all) if c_all.numel() else 0,
+        time_strides(c_all) if c_all.numel() else (0, 0),
+        [*map(address, others)],
         saved.data_ptr() + 4 * sizes[0] if save and sizes[1] else 0,
         threads,
     )
@@ -352,15 +325,15 @@ def backward(
     gates = _GATES[cell]
     hidden, outputs = weight_hh.shape[0] // gates, weight_hh.shape[1]
     lstm = cell == "lstm"
-    x = _with_unit_stride(x)
+    x = with_unit_stride(x)
     batch = _batch(x, batch_sizes)
     *others, weight_hr = parameters
     others = [_state(parameter) for parameter in others]
-    gradients = _new_gradients(x, weight_hh, hidden, batch, needs, torch.float32, torch.float32)
+    gradients = new_gradients(x, weight_hh, hidden, batch, needs, torch.float32, torch.float32)
     if batch == 0:
         zeros = tuple(x.new_empty(0) if gradient is None else gradient.zero_() for gradient in gradients)
         return _narrowed(zeros, x.dtype, weight_hh.dtype)
-    dy, dc_all = (None if t is None else _with_unit_stride(t) for t in (dy, dc_all))
+    dy, dc_all = (None if t is None else with_unit_stride(t) for t in (dy, dc_all))
     dc_all = None if dc_all is None else dc_all.float()
     dh_n, dc_n, h0, c0, recurrent_mask = map(_state, (dh_n, dc_n, h0, c0, recurrent_mask))
     dx, dh0, dc0 = gradients[0], gradients[5], gradients[6]
@@ -375,15 +348,15 @@ def backward(
             batch,
             x.shape[-1],
             hidden,
-            _address(dh),
-            _address(dc) if lstm else 0,
+            address(dh),
+            address(dc) if lstm else 0,
             x.data_ptr(),
             x.stride(1),
-            *map(_address, (*weights, h0, c0)),
+            *map(address, (*weights, h0, c0)),
             y.data_ptr(),
-            _address(c_all) if lstm else 0,
+            address(c_all) if lstm else 0,
             saved.data_ptr(),
-            *map(_address, gradients[:7]),
+            *map(address, gradients[:7]),
             threads,
         )
         for gradient in (dh0, dc0):
@@ -397,30 +370,30 @@ def backward(
         options = (lengths, batch_sizes, resets, recurrent_mask, zoneout, zoneout_seed, reverse)
         library.backward(
             _layout(cell, x, hidden, outputs, *options),
-            _address(dy),
-            (0, 0) if dy is None else _time_strides(dy),
-            _address(dh_n),
-            _address(dc_n) if lstm else 0,
-            _address(dc_all),
-            (0, 0) if dc_all is None else _time_strides(dc_all),
+            address(dy),
+            (0, 0) if dy is None else time_strides(dy),
+            address(dh_n),
+            address(dc_n) if lstm else 0,
+            address(dc_all),
+            (0, 0) if dc_all is None else time_strides(dc_all),
             x.data_ptr(),
-            _time_strides(x),
+            time_strides(x),
             _pack(weight_ih, x.dtype, cell, gates, False, True, reuse) if project else None,  # type: ignore[arg-type]
             _pack(weight_hh, x.dtype, cell, gates, True, True, reuse),
             None if weight_hr is None else _pack(weight_hr, x.dtype, "rnn_tanh", 1, False, True, reuse),
-            _address(h0),
-            _address(c0) if lstm else 0,
+            address(h0),
+            address(c0) if lstm else 0,
             y.data_ptr(),
-            _time_strides(y),
-            _address(saved) if sizes[0] else 0,
-            _address(c_all) if lstm else 0,
-            _time_strides(c_all) if lstm else (0, 0),
-            _address(dx),
-            (0, 0) if dx is None else _time_strides(dx),
-            *map(_address, (*gradients[1:3], gradients[14], *gradients[3:7])),
-            [*map(_address, others)],
+            time_strides(y),
+            address(saved) if sizes[0] else 0,
+            address(c_all) if lstm else 0,
+            time_strides(c_all) if lstm else (0, 0),
+            address(dx),
+            (0, 0) if dx is None else time_strides(dx),
+            *map(address, (*gradients[1:3], gradients[14], *gradients[3:7])),
+            [*map(address, others)],
             saved.data_ptr() + 4 * sizes[0] if sizes[1] else 0,
-            [*map(_address, gradients[7:14])],
+            [*map(address, gradients[7:14])],
             threads,
         )
     found = tuple(x.new_empty(0) if gradient is None else gradient for gradient in gradients)
@@ -439,22 +412,6 @@ def _of_one_step(sequence: Tensor | None, final: Tensor | None) -> Tensor | None
     if sequence is None or final is None:
         return final if sequence is None else sequence[0].contiguous()
     return sequence[0] + final
-
-
-def _new_gradients(
-    x: Tensor, weight_hh: Tensor, hidden: int, batch: int, needs: list[bool], weight: torch.dtype, state: torch.dtype
-) -> list[Tensor | None]:
-    """Empty gradients of RecurrenceCall.inputs; None where `needs` is False."""
-    rows, outputs = weight_hh.shape
-    inputs = x.shape[-1]
-    shapes: list[tuple[int, ...]] = [(rows, inputs), (rows, outputs), (rows,), (rows,)]
-    shapes += [(batch, outputs), (batch, hidden)] + [(rows,)] * 4 + [(hidden,)] * 2 + [(3 * hidden,), (outputs, hidden)]
-    dtypes = [weight] * 4 + [state] * 2 + [weight] * 8
-    rest = [
-        x.new_empty(shape, dtype=dtype) if need else None
-        for shape, dtype, need in zip(shapes, dtypes, needs[1:], strict=True)
-    ]
-    return [new_like_rows(x, inputs) if needs[0] else None, *rest]
 
 
 def fake_forward(
@@ -480,7 +437,7 @@ def fake_forward(
     """Shapes, strides and dtypes of `forward`, for tracing."""
     lstm = cell == "lstm"
     hidden, outputs = weight_hh.shape[0] // _GATES[cell], weight_hh.shape[1]
-    x = _with_unit_stride(x)
+    x = with_unit_stride(x)
     batch: Any
     if batch_sizes is None:
         batch, rows = x.shape[1], x.shape[0] * x.shape[1]
@@ -490,11 +447,11 @@ def fake_forward(
     expected = zoneout > 0 and zoneout_seed is None
     sizes = native.load().saved_sizes(CELL_INDEX[cell], 1, hidden, expected, _has_norms(parameters))  # type: ignore[union-attr]
     if lstm and (cell_states or (save and parameters[7] is None)):
-        c_all = new_like_rows(x, hidden, torch.float32)
+        c_all = like_rows(x, hidden, torch.float32)
     else:
         c_all = x.new_empty((*x.shape[:-1], hidden) if lstm and save else 0, dtype=torch.float32)
     return (
-        new_like_rows(x, outputs),
+        like_rows(x, outputs),
         x.new_empty(batch, outputs),
         x.new_empty((batch, hidden) if lstm else 0),
         x.new_empty(rows * sum(sizes) if save else 0, dtype=torch.float32),
@@ -527,11 +484,11 @@ def fake_backward(
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
     """Shapes, strides and dtypes of `backward`, for tracing."""
-    x = _with_unit_stride(x)
+    x = with_unit_stride(x)
     state = h0 if h0 is not None else c0
     batch = 0 if state is None else state.shape[0]  # only the states' gradients have this size
     hidden = weight_hh.shape[0] // _GATES[cell]
-    gradients = _new_gradients(x, weight_hh, hidden, batch, needs, weight_hh.dtype, x.dtype)
+    gradients = new_gradients(x, weight_hh, hidden, batch, needs, weight_hh.dtype, x.dtype)
     found = tuple(x.new_empty(0) if gradient is None else gradient for gradient in gradients)
     return _narrowed(found, x.dtype, weight_hh.dtype)
 
@@ -546,7 +503,7 @@ def dropout(x: Tensor, probability: float, seed: int) -> Tensor:
     """The operator's result for x [R, C]. The kernel computes in fp32; with other dtypes it draws the mask."""
     scale = keep_scale(probability)
     if x.dtype is torch.float32:
-        return _dropout(_with_unit_stride(x), probability, scale, seed)
+        return _dropout(with_unit_stride(x), probability, scale, seed)
     ones = x.new_ones(x.shape[1], dtype=torch.float32).expand(x.shape)
     return (x * _dropout(ones, probability, 1.0, seed).to(x.dtype) * scale).contiguous()
 

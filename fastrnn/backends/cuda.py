@@ -13,10 +13,11 @@ from torch import Tensor
 
 from fastrnn.backends import gpu, native, triton
 from fastrnn.backends.call import RecurrenceCall
-from fastrnn.backends.gpu import Kept, Layout, Loop, LoopGradients, OutputGradients, Results, like_rows, time_strides
+from fastrnn.backends.gpu import Kept, Layout, Loop, LoopGradients, OutputGradients, Results
+from fastrnn.backends.native import CELL_INDEX
+from fastrnn.backends.tensors import address, like_rows, time_strides
 from fastrnn.reference import CELLS
 
-CELL_INDEX = {"rnn_tanh": 0, "rnn_relu": 1, "lstm": 2, "gru": 3, "gru_reset_before": 4}
 _ELEMENT_SIZE = {"float16": 2, "bfloat16": 2, "tf32": 4, "float32": 4}
 MATHS = tuple(_ELEMENT_SIZE)  # Math of csrc/cuda/recurrence.h, in its order
 
@@ -49,6 +50,10 @@ _STATE_BYTES = 48 * 1024
 _REGISTER_BYTES = 48 * 1024
 
 
+def _padded(hidden: int) -> int:
+    return (hidden + 31) // 32 * 32
+
+
 def pick(
     gates: int, math: str, hidden_size: int, batch: int, chip: Chip, states: int = 2, directions: int = 1
 ) -> Tile | None:
@@ -57,7 +62,7 @@ def pick(
     ``states``: floats that a block keeps of each row and unit; ``directions``: 2 where both run at once. None: the
     hidden size is too large for all blocks to run at once. The constants are estimates until a GPU has measured them.
     """
-    padded = -(-hidden_size // 32) * 32
+    padded = _padded(hidden_size)
     size = _ELEMENT_SIZE[math]
     best: tuple[float, Tile] | None = None
     for unit_groups in (1, 2, 4):
@@ -87,11 +92,7 @@ _DEVICE_TYPE: str = native.load().cuda_device_type() if native.load() else "cuda
 def reasons_against(call: RecurrenceCall) -> list[str]:
     if native.load() is None:
         return [f"the compiled extension is not available ({native.load_error()})"]
-    reasons = []
-    if call.x.device.type != _DEVICE_TYPE:
-        reasons.append(f"the tensors are on {call.x.device}, not on a CUDA device")
-    elif any(tensor.dtype not in gpu.DTYPES for tensor in call.tensors().values()):
-        reasons.append(f"the tensors are {call.x.dtype}; the kernels are for {', '.join(map(str, gpu.DTYPES))}")
+    reasons = call.reasons_against_place("a CUDA device", call.x.device.type == _DEVICE_TYPE, gpu.DTYPES)
     if call.weight_hr is not None:
         reasons.append("no CUDA kernel for proj_size")
     reasons += call.reasons_against_kernels()
@@ -107,8 +108,7 @@ def reasons_against(call: RecurrenceCall) -> list[str]:
 
 def why_later(call: RecurrenceCall) -> str | None:
     """Why "auto" asks the other back ends of a GPU first; None: it does not."""
-    steps = call.x.shape[0] if call.batch_sizes is None else call.batch_sizes.shape[0]
-    if steps == 1:
+    if call.steps == 1:
         return "for a single step packing the weights would cost more than the step"
     if triton.is_resident(call) and not triton.reasons_against(call):
         return "the weights fit into one block, so that Triton's kernel exchanges nothing (not measured yet)"
@@ -173,18 +173,11 @@ def _tile(loop: Loop, states: int, directions: int) -> Tile | None:
     return pick(loop.gates, _math(loop), loop.hidden, loop.batch, _chip(device), states, directions)
 
 
-def _padded(hidden: int) -> int:
-    return (hidden + 31) // 32 * 32
-
-
-def _slots(cell: str) -> int:
-    return {"lstm": 4, "gru": 4, "gru_reset_before": 3}.get(cell, 1)
-
-
 def saved_layout(loop: Loop) -> Layout:
     hidden, rows, data = loop.hidden, loop.rows, loop.dtype
-    layout = {
-        "activations": ((rows, _slots(loop.cell), hidden), data),
+    slots: int = native.load().cuda_saved_slots(CELL_INDEX[loop.cell])  # type: ignore[union-attr]
+    layout: Layout = {
+        "activations": ((rows, slots, hidden), data),
         "h_in": ((rows, _padded(hidden)), data),
     }
     if loop.cell == "gru_reset_before":
@@ -200,10 +193,6 @@ def projects(loop: Loop) -> bool:
     return False
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 def _norm(norm: tuple[Tensor, Tensor] | None) -> tuple[int, int]:
     return (0, 0) if norm is None else (norm[0].data_ptr(), norm[1].data_ptr())
 
@@ -213,15 +202,15 @@ def _fill_problem(problem: Any, loop: Loop) -> None:
     problem.math = MATHS.index(_math(loop))
     problem.reverse = loop.reverse
     problem.steps, problem.batch, problem.hidden_size, problem.rows = loop.steps, loop.batch, loop.hidden, loop.rows
-    problem.row_starts, problem.lengths = _address(loop.row_starts), _address(loop.lengths)
-    problem.resets = _address(loop.resets)
+    problem.row_starts, problem.lengths = address(loop.row_starts), address(loop.lengths)
+    problem.resets = address(loop.resets)
     problem.reset_strides = (0, 0) if loop.resets is None else loop.resets.stride()
     problem.zoneout = loop.zoneout
     problem.zoneout_random = loop.zoneout_seed is not None
     problem.zoneout_seed = 0 if loop.zoneout_seed is None else loop.zoneout_seed
-    problem.recurrent_mask = _address(loop.recurrent_mask)
+    problem.recurrent_mask = address(loop.recurrent_mask)
     problem.norm_hh, problem.norm_c = _norm(loop.norm_hh), _norm(loop.norm_c)
-    problem.peephole = _address(loop.peephole)
+    problem.peephole = address(loop.peephole)
 
 
 def _strides(sequence: Tensor | None) -> tuple[int, int]:
@@ -244,14 +233,6 @@ def _launch(function: Any, calls: Sequence[Any], tile: Tile, device: torch.devic
     with _on(device):
         stream = torch.cuda.current_stream().cuda_stream if device.type == "cuda" else 0
         function(calls, (tile.unit_groups, tile.rows), stream)
-
-
-def loop_forward(loop: Loop, results: Results) -> None:
-    loops_forward([loop], [results])
-
-
-def loop_backward(loop: Loop, kept: Kept, given: OutputGradients) -> LoopGradients:
-    return loops_backward([loop], [kept], [given])[0]
 
 
 def loops_forward(loops: Sequence[Loop], results: Sequence[Results]) -> None:
@@ -287,15 +268,15 @@ def _forward_call(loop: Loop, results: Results, tile: Tile, scratch: list[Any]) 
     call = native.load().CudaForward()  # type: ignore[union-attr]
     _fill_problem(call.problem, loop)
     call.gates_x, call.gates_x_rows = gates_x.data_ptr(), _strides(gates_x)
-    call.weight_hh, call.bias_hh = loop.weight_hh.data_ptr(), _address(loop.bias_hh)
-    call.h0, call.c0 = _address(loop.h0), _address(loop.c0)
+    call.weight_hh, call.bias_hh = loop.weight_hh.data_ptr(), address(loop.bias_hh)
+    call.h0, call.c0 = address(loop.h0), address(loop.c0)
     call.y, call.y_rows = y.data_ptr(), _strides(y)
-    call.h_n, call.c_n = results.h_n.data_ptr(), _address(results.c_n)
-    call.packed_weight, call.stats = packed.data_ptr(), _address(stats)
-    call.h_in, call.rh = h_in.data_ptr(), _address(rh)
-    call.saved = _address(saved.get("activations"))
-    call.c_all, call.c_rows = _address(results.c_all), _strides(results.c_all)
-    call.norm_saved, call.deviations = _address(saved.get("normalized")), _address(saved.get("deviations"))
+    call.h_n, call.c_n = results.h_n.data_ptr(), address(results.c_n)
+    call.packed_weight, call.stats = packed.data_ptr(), address(stats)
+    call.h_in, call.rh = h_in.data_ptr(), address(rh)
+    call.saved = address(saved.get("activations"))
+    call.c_all, call.c_rows = address(results.c_all), _strides(results.c_all)
+    call.norm_saved, call.deviations = address(saved.get("normalized")), address(saved.get("deviations"))
     return call
 
 
@@ -330,19 +311,19 @@ class _Backward:
         self.sums = weight.new_empty(count, batch, hidden, dtype=torch.float32) if count else None
         self.call = call = native.load().CudaBackward()  # type: ignore[union-attr]
         _fill_problem(call.problem, loop)
-        call.dy, call.dy_rows = _address(given.dy), _strides(given.dy)
-        call.dh_n, call.dc_n = _address(given.dh_n), _address(given.dc_n)
-        call.dc_all, call.dc_all_rows = _address(given.dc_all), _strides(given.dc_all)
+        call.dy, call.dy_rows = address(given.dy), _strides(given.dy)
+        call.dh_n, call.dc_n = address(given.dh_n), address(given.dc_n)
+        call.dc_all, call.dc_all_rows = address(given.dc_all), _strides(given.dc_all)
         call.weight_hh = weight.data_ptr()
-        call.h0, call.c0 = _address(loop.h0), _address(loop.c0)
+        call.h0, call.c0 = address(loop.h0), address(loop.c0)
         call.y, call.y_rows = kept.y.data_ptr(), _strides(kept.y)
         call.saved = saved["activations"].data_ptr()
-        call.c_all, call.c_rows = _address(kept.c_all), _strides(kept.c_all)
-        call.norm_saved, call.deviations = _address(saved.get("normalized")), _address(saved.get("deviations"))
-        call.packed_weight, call.stats = self.packed.data_ptr(), _address(self.stats)
+        call.c_all, call.c_rows = address(kept.c_all), _strides(kept.c_all)
+        call.norm_saved, call.deviations = address(saved.get("normalized")), address(saved.get("deviations"))
+        call.packed_weight, call.stats = self.packed.data_ptr(), address(self.stats)
         call.dproduct = self.dproduct.data_ptr()
-        call.dgates_x, call.dgates_x_rows = _address(self.dgates_x), _strides(self.dgates_x)
-        call.dh0, call.dc0, call.sums = _address(self.dh0), _address(self.dc0), _address(self.sums)
+        call.dgates_x, call.dgates_x_rows = address(self.dgates_x), _strides(self.dgates_x)
+        call.dh0, call.dc0, call.sums = address(self.dh0), address(self.dc0), address(self.sums)
 
     def gradients(self) -> LoopGradients:
         loop, gates, hidden = self.loop, self.loop.gates, self.loop.hidden

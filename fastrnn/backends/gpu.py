@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastrnn.backends.call import Norm
+from fastrnn.backends.tensors import is_batch_major, like_rows, new_gradients, with_unit_stride
 from fastrnn.reference import CELLS
 
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
@@ -82,7 +83,7 @@ class Loop:
 
 @dataclass(slots=True)
 class Results:
-    """What loop_forward fills. All of it is allocated, and uninitialised."""
+    """What loops_forward fills. All of it is allocated, and uninitialised."""
 
     y: Tensor  # sequence [T, B, P], data; unpacked: zero where t >= lengths[b]
     h_n: Tensor  # [B, P], data, contiguous
@@ -95,7 +96,7 @@ class Results:
 
 @dataclass(slots=True)
 class Kept:
-    """What loop_backward finds again of the forward pass."""
+    """What loops_backward finds again of the forward pass."""
 
     y: Tensor
     c_all: Tensor | None
@@ -114,7 +115,7 @@ class OutputGradients:
 
 @dataclass(slots=True)
 class LoopGradients:
-    """What loop_backward returns, in tensors that it allocates, with zeros where t >= lengths[b].
+    """What loops_backward returns, in tensors that it allocates, with zeros where t >= lengths[b].
 
     Sequences may have any order of rows. One of another order than y costs a copy; `like_rows` gives y's.
     """
@@ -147,23 +148,18 @@ class LoopModule(Protocol):
         """
 
     def projects(self, loop: Loop) -> bool:
-        """Whether loop_forward takes x and weight_ih in place of gates_x. Asked of single steps only."""
-
-    def loop_forward(self, loop: Loop, results: Results) -> None:
-        """Enqueues the loop on the current stream, without waiting for it. Not called where T = 0 or B = 0."""
-
-    def loop_backward(self, loop: Loop, kept: Kept, given: OutputGradients) -> LoopGradients:
-        """Likewise, for the gradients."""
-
-    # Only of a back end for which ops.recurrence asks for both directions of a layer at once.
+        """Whether loops_forward takes x and weight_ih in place of gates_x. Asked of single steps only."""
 
     def loops_forward(self, loops: Sequence[Loop], results: Sequence[Results]) -> None:
-        """loop_forward of loops of equal sizes, dtypes and options, at the same time."""
+        """Enqueues a loop on the current stream, without waiting for it. Not called where T = 0 or B = 0.
+
+        Or several of equal sizes, dtypes and options, at the same time where the back end can.
+        """
 
     def loops_backward(
         self, loops: Sequence[Loop], kept: Sequence[Kept], given: Sequence[OutputGradients]
     ) -> list[LoopGradients]:
-        """loop_backward likewise."""
+        """Likewise, for the gradients."""
 
 
 NAMES = ("cuda", "triton")  # of the back ends that have these functions
@@ -179,33 +175,11 @@ def precision() -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-def time_strides(sequence: Tensor) -> tuple[int, int]:
-    """Elements from step to step and from row to row; packed data have rows only."""
-    return (sequence.stride(0), sequence.stride(1)) if sequence.dim() == 3 else (0, sequence.stride(0))
-
-
-def _is_batch_major(sequence: Tensor) -> bool:
-    if sequence.dim() == 2:
-        return False
-    steps, batch, _ = sequence.shape
-    return batch > 1 and steps > 1 and sequence.stride(0) < sequence.stride(1)
-
-
-def like_rows(sequence: Tensor, columns: int, dtype: torch.dtype | None = None) -> Tensor:
-    """An empty sequence with so many columns, its rows in the order of another. By default of its dtype."""
-    if sequence.dim() == 2:
-        return sequence.new_empty(sequence.shape[0], columns, dtype=dtype)
-    steps, batch, _ = sequence.shape
-    if _is_batch_major(sequence):
-        return sequence.new_empty(batch, steps, columns, dtype=dtype).transpose(0, 1)
-    return sequence.new_empty(steps, batch, columns, dtype=dtype)
-
-
 def _as_rows(sequence: Tensor, like: Tensor) -> Tensor:
     """[N, n], in the order of the rows of `like`; without a copy where the sequence has that order."""
     if sequence.dim() == 2:
         return sequence
-    ordered = sequence.transpose(0, 1) if _is_batch_major(like) else sequence
+    ordered = sequence.transpose(0, 1) if is_batch_major(like) else sequence
     return ordered.reshape(-1, sequence.shape[-1])
 
 
@@ -214,13 +188,9 @@ def _as_sequence(rows: Tensor, like: Tensor) -> Tensor:
     if like.dim() == 2:
         return rows
     steps, batch, _ = like.shape
-    if _is_batch_major(like):
+    if is_batch_major(like):
         return rows.view(batch, steps, -1).transpose(0, 1)
     return rows.view(steps, batch, -1)
-
-
-def _with_unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def _as(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -380,11 +350,7 @@ def forwards(backend: str, calls: Sequence[tuple[Any, ...]]) -> list[Outputs]:
     begun = [_begin_forward(loops, *arguments) for arguments in calls]
     if begun[0][0].rows > 0:
         with _without_autocast(begun[0][2][0]):
-            given = [loop for loop, _, _ in begun], [results for _, results, _ in begun]
-            if len(calls) == 1:
-                loops.loop_forward(given[0][0], given[1][0])
-            else:
-                loops.loops_forward(*given)
+            loops.loops_forward([loop for loop, _, _ in begun], [results for _, results, _ in begun])
     return [outputs for _, _, outputs in begun]
 
 
@@ -410,7 +376,7 @@ def _begin_forward(
     cell_states: bool,
 ) -> tuple[Loop, Results, Outputs]:
     """Everything before the loop over time: what it is given, where it writes, and what that is to the caller."""
-    x = _with_unit_stride(x)
+    x = with_unit_stride(x)
     options = (lengths, batch_sizes, resets, recurrent_mask, zoneout, zoneout_seed, reverse)
     with _without_autocast(x):
         loop = _loop(cell, x, weight_hh, bias_hh, h0, c0, parameters, *options)
@@ -429,7 +395,7 @@ def _begin_forward(
             loop.bias_ih = _as(bias_ih, torch.float32)
         else:
             norm = None if parameters[0] is None else (parameters[0], cast(Tensor, parameters[1]))
-            loop.gates_x = _with_unit_stride(_project(x, weight_ih, bias_ih, norm, norm_groups(cell)))
+            loop.gates_x = with_unit_stride(_project(x, weight_ih, bias_ih, norm, norm_groups(cell)))
         results = Results(y, h_n, c_n if lstm else None, c_all, _views(saved, layout))
     return loop, results, (y, h_n, c_n, saved, x.new_empty(0, dtype=torch.float32) if c_all is None else c_all)
 
@@ -441,10 +407,7 @@ def backwards(backend: str, calls: Sequence[tuple[Any, ...]]) -> list[tuple[Tens
     found: Sequence[LoopGradients | None] = [None] * len(calls)
     if begun[0].loop.rows > 0:
         with _without_autocast(begun[0].x):
-            if len(calls) == 1:
-                found = [loops.loop_backward(begun[0].loop, begun[0].kept, begun[0].given)]
-            else:
-                found = loops.loops_backward([b.loop for b in begun], [b.kept for b in begun], [b.given for b in begun])
+            found = loops.loops_backward([b.loop for b in begun], [b.kept for b in begun], [b.given for b in begun])
     return [_end_backward(b, gradients) for b, gradients in zip(begun, found, strict=True)]
 
 
@@ -489,16 +452,16 @@ def _begin_backward(
     c_all: Tensor,
     needs: list[bool],
 ) -> _Begun:
-    x = _with_unit_stride(x)
+    x = with_unit_stride(x)
     options = (lengths, batch_sizes, resets, recurrent_mask, zoneout, zoneout_seed, reverse)
     with _without_autocast(x):
         loop = _loop(cell, x, weight_hh, None, h0, c0, parameters, *options)
         kept = Kept(y, c_all if cell == "lstm" else None, _views(saved, loops.saved_layout(loop)))
         given = OutputGradients(
-            None if dy is None else _with_unit_stride(dy),
+            None if dy is None else with_unit_stride(dy),
             _as(dh_n, x.dtype),
             _as(dc_n, x.dtype),
-            None if dc_all is None else _with_unit_stride(dc_all.float()),
+            None if dc_all is None else with_unit_stride(dc_all.float()),
         )
     return _Begun(loop, kept, given, x, weight_ih, weight_hh, parameters, needs, dh_n, dc_n)
 
@@ -507,7 +470,7 @@ def _end_backward(begun: _Begun, gradients: LoopGradients | None) -> tuple[Tenso
     x, weight_hh, needs = begun.x, begun.weight_hh, begun.needs
     with _without_autocast(x):
         if gradients is None:
-            found = _new_gradients(x, weight_hh, begun.loop.hidden, begun.loop.batch, needs)
+            found = new_gradients(x, weight_hh, begun.loop.hidden, begun.loop.batch, needs, weight_hh.dtype, x.dtype)
             for index, gradient in enumerate(found):
                 # T = 0 hands the initial states through.
                 passed = begun.dh_n if index == 5 else begun.dc_n if index == 6 else None
@@ -641,18 +604,6 @@ def fed_states(loop: Loop, y: Tensor) -> Tensor:
     return (states * mask).to(loop.dtype)
 
 
-def _new_gradients(x: Tensor, weight_hh: Tensor, hidden: int, batch: int, needs: list[bool]) -> list[Tensor | None]:
-    """Empty gradients of RecurrenceCall.inputs, None where `needs` is False: weights' in the dtype of weight_hh."""
-    rows, outputs = weight_hh.shape
-    shapes: list[tuple[int, ...]] = [(rows, x.shape[-1]), (rows, outputs), (rows,), (rows,)]
-    shapes += [(batch, outputs), (batch, hidden)] + [(rows,)] * 4 + [(hidden,)] * 2 + [(3 * hidden,), (outputs, hidden)]
-    rest = [
-        x.new_empty(shape, dtype=x.dtype if index in (4, 5) else weight_hh.dtype) if need else None
-        for index, (shape, need) in enumerate(zip(shapes, needs[1:], strict=True))
-    ]
-    return [like_rows(x, x.shape[-1]) if needs[0] else None, *rest]
-
-
 def fake_forward(
     backend: str,
     cell: str,
@@ -675,7 +626,7 @@ def fake_forward(
     cell_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Shapes, strides and dtypes of `forward`, for tracing."""
-    x = _with_unit_stride(x)
+    x = with_unit_stride(x)
     batch: Any
     if batch_sizes is None:
         steps, batch, rows = x.shape[0], x.shape[1], x.shape[0] * x.shape[1]
@@ -724,5 +675,5 @@ def fake_backward(
     state = h0 if h0 is not None else c0
     batch = 0 if state is None else state.shape[0]  # only the states' gradients have this size
     hidden = weight_hh.shape[0] // CELLS[cell.removesuffix("_reset_before")].gates
-    found = _new_gradients(_with_unit_stride(x), weight_hh, hidden, batch, needs)
+    found = new_gradients(with_unit_stride(x), weight_hh, hidden, batch, needs, weight_hh.dtype, x.dtype)
     return tuple(x.new_empty(0) if gradient is None else gradient for gradient in found)

@@ -8,6 +8,9 @@ from types import ModuleType
 
 import torch
 
+# Cell of csrc/cell.h.
+CELL_INDEX = {"rnn_tanh": 0, "rnn_relu": 1, "lstm": 2, "gru": 3, "gru_reset_before": 4}
+
 _INSTRUCTION_SETS = ("avx512", "avx2", "portable")
 
 

@@ -9,6 +9,7 @@ import functools
 import importlib
 import importlib.util
 import os
+from collections import abc
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -19,7 +20,8 @@ from torch import Tensor
 
 from fastrnn.backends import gpu
 from fastrnn.backends.call import RecurrenceCall
-from fastrnn.backends.gpu import Kept, Layout, Loop, LoopGradients, OutputGradients, Results, time_strides
+from fastrnn.backends.gpu import Kept, Layout, Loop, LoopGradients, OutputGradients, Results
+from fastrnn.backends.tensors import like_rows, time_strides
 from fastrnn.reference import CELLS
 
 _ZONEOUT_RANDOM, _ZONEOUT_EXPECTED = 1, 2
@@ -77,17 +79,14 @@ def reasons_against(call: RecurrenceCall) -> list[str]:
     reasons = []
     if not _INSTALLED:
         reasons.append("triton is not installed")
-    if not (call.x.is_cuda or (call.x.is_cpu and _INTERPRETED)):
-        reasons.append(f"the tensors are on {call.x.device}, not on a CUDA device")
-    elif any(tensor.dtype not in gpu.DTYPES for tensor in call.tensors().values()):
-        reasons.append(f"the tensors are {call.x.dtype}; the kernels are for {', '.join(map(str, gpu.DTYPES))}")
+    here = call.x.is_cuda or (call.x.is_cpu and _INTERPRETED)
+    reasons += call.reasons_against_place("a CUDA device", here, gpu.DTYPES)
     return reasons + call.reasons_against_kernels()
 
 
 def why_later(call: RecurrenceCall) -> str | None:
     """Why "auto" takes torch's operator first where that computes the same; None: it does not."""
-    steps = call.x.shape[0] if call.batch_sizes is None else call.batch_sizes.shape[0]
-    if steps == 1 or is_resident(call):
+    if call.steps == 1 or is_resident(call):
         return None
     hidden = call.weight_hh.shape[0] // CELLS[call.cell].gates
     return f"each step is a launch of its own with {hidden} units; torch's operator is asked first (not measured yet)"
@@ -144,25 +143,36 @@ def _pick(loop: Loop, training: bool) -> Sequence | None:
     return pick(loop.cell, loop.hidden, loop.dtype, _capability(loop.weight_hh.device), training)
 
 
-def loop_forward(loop: Loop, results: Results) -> None:
+def loops_forward(loops: abc.Sequence[Loop], results: abc.Sequence[Results]) -> None:
+    for loop, result in zip(loops, results, strict=True):
+        _forward(loop, result)
+
+
+def _forward(loop: Loop, results: Results) -> None:
     launch = None if loop.gates_x is None else _pick(loop, bool(results.saved))
     with torch.cuda.device_of(loop.weight_hh):
         if launch is None or not _fits(_forward_at_once, loop, results, launch):
             _forward_by_steps(loop, results)
 
 
-def loop_backward(loop: Loop, kept: Kept, given: OutputGradients) -> LoopGradients:
+def loops_backward(
+    loops: abc.Sequence[Loop], kept: abc.Sequence[Kept], given: abc.Sequence[OutputGradients]
+) -> list[LoopGradients]:
+    return [_backward(*each) for each in zip(loops, kept, given, strict=True)]
+
+
+def _backward(loop: Loop, kept: Kept, given: OutputGradients) -> LoopGradients:
     y, rows, hidden = kept.y, loop.gates * loop.hidden, loop.hidden
-    dgates_x = gpu.like_rows(y, rows)
+    dgates_x = like_rows(y, rows)
     separate = loop.norm_hh is not None or loop.cell == "gru"
     found = LoopGradients(
         dgates_x,
-        gpu.like_rows(y, rows) if separate else dgates_x,
+        like_rows(y, rows) if separate else dgates_x,
         y.new_empty(loop.batch, loop.outputs, dtype=torch.float32),
         y.new_empty(loop.batch, hidden, dtype=torch.float32) if loop.cell == "lstm" else None,
     )
     if loop.weight_hr is not None:
-        found.dprojected = gpu.like_rows(y, loop.outputs)
+        found.dprojected = like_rows(y, loop.outputs)
         found.projected = _of_rows(loop, kept.saved["projected"])
     dnormed_c = None if loop.norm_c is None else y.new_empty(loop.rows, hidden)
     launch = _pick(loop, True)

@@ -337,9 +337,8 @@ def run_on(call: RecurrenceCall, picked: str) -> BackendResult:
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs):
         y, h_n, c_n, c_all = _Recurrence.apply(picked, cell, call.return_cell_states, *inputs, *options)
     else:
-        y, h_n, c_n, _, c_all = _forward(
-            picked, cell, *inputs[:7], inputs[7:], *options, False, call.return_cell_states
-        )
+        arguments = _forward_arguments(cell, inputs, options, False, call.return_cell_states)
+        y, h_n, c_n, _, c_all = _forward(picked, *arguments)
     return _finish(call, y, h_n, c_n, c_all)
 
 
@@ -389,7 +388,7 @@ def run_together(calls: Sequence[RecurrenceCall], picked: Sequence[str]) -> list
         outputs = _Directions.apply(cell, cell_states, *arguments)
         results = [outputs[:4], outputs[4:]]
     else:
-        arguments = [(cell, *inputs[:7], inputs[7:], *options, False, cell_states) for _, inputs, options in prepared]
+        arguments = [_forward_arguments(*each, False, cell_states) for each in prepared]
         results = [(y, h_n, c_n, c_all) for y, h_n, c_n, _, c_all in gpu.forwards("cuda", arguments)]
     return [_finish(call, *result) for call, result in zip(calls, results)]
 
@@ -442,11 +441,32 @@ def _fake_backward(backend: str, *args: Any) -> tuple[Tensor, ...]:
 _INPUT_COUNT = 15  # of RecurrenceCall.inputs
 
 
+def _forward_arguments(
+    cell: str, inputs: Sequence[Tensor | None], options: Sequence[Any], save: bool, cell_states: bool
+) -> tuple[Any, ...]:
+    """Of the launchers, from RecurrenceCall.inputs."""
+    return (cell, *inputs[:7], inputs[7:], *options, save, cell_states)
+
+
+def _backward_arguments(
+    cell: str,
+    gradients: Sequence[Tensor | None],
+    tensors: Sequence[Tensor | None],  # inputs and options
+    scalars: Sequence[Any],
+    kept: Sequence[Tensor],  # y, saved, c_all
+    needs: Sequence[bool],
+) -> tuple[Any, ...]:
+    x, weight_ih, weight_hh, _, _, h0, c0 = tensors[:7]
+    inputs = (x, weight_ih, weight_hh, h0, c0, tensors[7:_INPUT_COUNT], *tensors[_INPUT_COUNT:])
+    return (cell, *gradients, *inputs, *scalars, *kept, list(needs))
+
+
 class _Recurrence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, backend: str, cell: str, cell_states: bool, *arguments: Any) -> tuple[Tensor | None, ...]:
         inputs, options = arguments[:_INPUT_COUNT], arguments[_INPUT_COUNT:]
-        y, h_n, c_n, saved, c_all = _forward(backend, cell, *inputs[:7], inputs[7:], *options, True, cell_states)
+        arguments = _forward_arguments(cell, inputs, options, True, cell_states)
+        y, h_n, c_n, saved, c_all = _forward(backend, *arguments)
         ctx.backend, ctx.cell, ctx.scalars = backend, cell, options[4:]
         # A copy of y, so that the caller may work on y in place as with torch.nn (0.2 % of a training step).
         pooled = backend == "cpu" and not _use_registered_op()
@@ -466,11 +486,10 @@ class _Recurrence(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             found = _differentiable_gradients(ctx.cell, tensors, ctx.scalars, gradients, needs)
         else:
-            x, weight_ih, weight_hh, _, _, h0, c0 = tensors[:7]
-            parameters, options = tensors[7:_INPUT_COUNT], tensors[_INPUT_COUNT:]
-            kept = (y, saved, c_all, list(needs))
-            inputs = (x, weight_ih, weight_hh, h0, c0, parameters)
-            all_found = _backward(ctx.backend, ctx.cell, *gradients, *inputs, *options, *ctx.scalars, *kept)
+            kept = (y, saved, c_all)
+            all_found = _backward(
+                ctx.backend, *_backward_arguments(ctx.cell, gradients, tensors, ctx.scalars, kept, needs)
+            )
             found = [gradient if need else None for gradient, need in zip(all_found, needs, strict=True)]
         return None, None, None, *found, *[None] * 7
 
@@ -486,7 +505,7 @@ class _Directions(torch.autograd.Function):
         scalars = []
         for call in (arguments[:half], arguments[half:]):
             inputs, options = call[:_INPUT_COUNT], call[_INPUT_COUNT:]
-            calls.append((cell, *inputs[:7], inputs[7:], *options, True, cell_states))
+            calls.append(_forward_arguments(cell, inputs, options, True, cell_states))
             kept += inputs + options[:4]
             scalars.append(options[4:])
         results: list[Tensor | None] = []
@@ -517,9 +536,7 @@ class _Directions(torch.autograd.Function):
                 results += _differentiable_gradients(ctx.cell, tensors, ctx.scalars[direction], tuple(given), needs)
                 results += [None] * 7
                 continue
-            x, weight_ih, weight_hh, _, _, h0, c0 = tensors[:7]
-            inputs = (x, weight_ih, weight_hh, h0, c0, tensors[7:_INPUT_COUNT], *tensors[_INPUT_COUNT:])
-            calls.append((ctx.cell, *given, *inputs, *ctx.scalars[direction], *outputs, list(needs)))
+            calls.append(_backward_arguments(ctx.cell, given, tensors, ctx.scalars[direction], outputs, needs))
         if calls:
             for found, needs in zip(gpu.backwards("cuda", calls), all_needs):
                 results += [gradient if need else None for gradient, need in zip(found, needs, strict=True)]

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from fastrnn import backends
-from fastrnn.backends import RecurrenceCall, cuda, gpu
+from fastrnn.backends import RecurrenceCall, gpu, native
 from fastrnn.reference import CELLS
 from tests.cuda_emulator.recurrence.device import MATHS, cuda_options, dtype_of, emulated, products, tile
 from tests.ops.case import (
@@ -40,7 +40,7 @@ def fit(
     cell: str, options: tuple[str, ...], math: str, hidden: int, tile: tuple[int, int], *, backward: bool
 ) -> tuple[int, int, int, int]:
     """Blocks needed, blocks at once, bytes of shared memory of each, bytes of weights that each streams."""
-    index = cuda.CELL_INDEX["gru_reset_before" if "reset_after=False" in options else cell]
+    index = native.CELL_INDEX["gru_reset_before" if "reset_after=False" in options else cell]
     found: tuple[int, int, int, int] = LIBRARY.cuda_fit(index, MATHS.index(math), hidden, tile, False, backward)
     return found
 
