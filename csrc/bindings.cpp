@@ -9,6 +9,7 @@
 #include <numeric>
 #include <optional>
 #include <stdexcept>
+#include <tuple>
 #include <vector>
 
 #include "build_info.h"
@@ -281,6 +282,69 @@ void step_backward(int cell, int64_t batch, int64_t input_size, int64_t hidden_s
   kernels().step_backward(step_problem(cell, batch, input_size, hidden_size), args, team_size(threads));
 }
 
+// Address, elements from memory to memory, elements from row to row.
+using Place = std::tuple<uintptr_t, int64_t, int64_t>;
+
+Matrices matrices(const Place& place) {
+  return {pointer<const float>(std::get<0>(place)), std::get<1>(place), std::get<2>(place)};
+}
+
+// Batch, queries, keys, size, value size, channels.
+using AttentionSizes = std::array<int64_t, 6>;
+
+AttentionInputs attention_inputs(const AttentionSizes& sizes, const Place& query, const Place& key, const Place& value,
+                                 uintptr_t v, uintptr_t features, uintptr_t feature_weight, const Place& factors,
+                                 uintptr_t lengths, uintptr_t mask, const std::array<int64_t, 3>& mask_strides,
+                                 bool causal, bool softmax, float scale) {
+  const auto [batch, queries, keys, size, value_size, channels] = sizes;
+  const auto [mask_b, mask_row, mask_key] = mask_strides;
+  return {batch,
+          queries,
+          keys,
+          size,
+          value_size,
+          channels,
+          matrices(query),
+          matrices(key),
+          matrices(value),
+          pointer(v),
+          matrices(factors),
+          pointer(features),
+          pointer(feature_weight),
+          pointer<const int64_t>(lengths),
+          pointer<const uint8_t>(mask),
+          mask_b,
+          mask_row,
+          mask_key,
+          causal,
+          softmax,
+          scale};
+}
+
+void attention_forward(const AttentionInputs& in, const Place& context, uintptr_t weights, int threads) {
+  const auto [address, stride_b, stride_row] = context;
+  const AttentionForward call{in, pointer(address), stride_b, stride_row, pointer(weights)};
+  py::gil_scoped_release release;
+  attention_kernels().forward(call, team_size(threads));
+}
+
+void attention_backward(const AttentionInputs& in, const Place& dcontext, const Place& dweights, uintptr_t weights,
+                        uintptr_t dquery, uintptr_t dkey, uintptr_t dvalue, uintptr_t dv, uintptr_t dfeatures,
+                        uintptr_t dfeature_weight, int threads) {
+  const AttentionBackward call{in,
+                               matrices(dcontext),
+                               matrices(dweights),
+                               pointer(weights),
+                               pointer(dquery),
+                               pointer(dkey),
+                               pointer(dvalue),
+                               pointer(dv),
+                               pointer(dfeatures),
+                               pointer(dfeature_weight)};
+  py::gil_scoped_release release;
+  attention_kernels().backward(call, team_size(threads));
+}
+
 // The calls of csrc/cuda are filled field by field; addresses are integers, as everywhere here.
 template <class Call>
 class Fields {
@@ -488,4 +552,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("backward", &backward);
   m.def("step", &step);
   m.def("step_backward", &step_backward);
+
+  py::class_<AttentionInputs>(m, "AttentionInputs").def(py::init(&attention_inputs));
+  m.def("attention_forward", &attention_forward);
+  m.def("attention_backward", &attention_backward);
 }

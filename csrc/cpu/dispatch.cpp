@@ -48,6 +48,14 @@ const Kernels* kernels_bf16() {
   return nullptr;
 }
 
+const AttentionKernels& attention_kernels() {
+#ifdef FASTRNN_X86
+  if (&kernels() == &kernels_avx512()) return attention_avx512();
+  if (&kernels() == &kernels_avx2()) return attention_avx2();
+#endif
+  return attention_portable();
+}
+
 void use_isa(const std::string& name) {
   for (const Kernels* kernels : available())
     if (name == kernels->isa) {

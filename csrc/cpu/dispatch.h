@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/attention.h"
 #include "cpu/recurrence.h"
 
 namespace fastrnn::cpu {
@@ -16,6 +17,8 @@ const Kernels& kernels();
 
 // Those for data in bfloat16, or null where the instruction set in use has no product of them.
 const Kernels* kernels_bf16();
+
+const AttentionKernels& attention_kernels();
 
 // Throws std::invalid_argument for a name that is not available.
 void use_isa(const std::string& name);

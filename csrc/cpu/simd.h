@@ -29,16 +29,24 @@ inline __attribute__((always_inline)) Vec splat(float value) { return value - Ve
 // The first `count` lanes; the others are zero. Full vectors take the fast path.
 inline __attribute__((always_inline)) Vec load(const float* p, int64_t count) {
   if (__builtin_expect(count >= kLanes, 1)) return load(p);
+#if defined(__AVX512F__)
+  return _mm512_maskz_loadu_ps(count <= 0 ? 0 : (1 << count) - 1, p);
+#else
   Vec v = {};
   for (int64_t i = 0; i < count; ++i) v[i] = p[i];
   return v;
+#endif
 }
 
 inline __attribute__((always_inline)) void store(float* p, Vec v, int64_t count) {
   if (__builtin_expect(count >= kLanes, 1)) {
     store(p, v);
   } else {
+#if defined(__AVX512F__)
+    _mm512_mask_storeu_ps(p, count <= 0 ? 0 : (1 << count) - 1, v);
+#else
     for (int64_t i = 0; i < count; ++i) p[i] = v[i];
+#endif
   }
 }
 

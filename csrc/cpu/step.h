@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu/backward.h"
+#include "cpu/rows.h"
 
 namespace fastrnn {
 namespace {
@@ -123,51 +124,6 @@ void step_forward(const Problem& problem, const StepArgs& args, int threads) {
   });
 }
 
-// out[rows, columns begin..end] (+)= A W for row-major W [k_size, columns], read where it lies.
-inline void multiply_rows(int64_t rows, int64_t k_size, const float* a, int64_t lda, const float* weight,
-                          int64_t columns, int64_t begin, int64_t end, bool accumulate, float* out, int64_t ldo) {
-  int64_t n = begin;
-  if (rows == 1)
-    for (; n + 4 * kColumns <= end; n += 4 * kColumns)
-      tile_call<1, 2, 4, false>(k_size, a, lda, weight + n, columns, kColumns, resume(accumulate, out + n, ldo),
-                                out + n, ldo, kColumns, nothing_ahead(weight));
-  const RowTiles tiles(rows, max_rows<2>());
-  for (; n + kColumns <= end; n += kColumns)
-    for (int64_t i = 0; i < tiles.count; ++i) {
-      float* c = out + tiles.begin(i) * ldo + n;
-      tile_rows<2, false>(tiles.begin(i + 1) - tiles.begin(i), k_size, a + tiles.begin(i) * lda, lda, weight + n,
-                          columns, resume(accumulate, c, ldo), c, ldo);
-    }
-  for (; n < end; n += kLanes) {
-    const int64_t count = smaller(kLanes, end - n);
-    for (int64_t row = 0; row < rows; ++row) {
-      Vec sum = accumulate ? load(out + row * ldo + n, count) : Vec{};
-      for (int64_t k = 0; k < k_size; ++k) sum += a[row * lda + k] * load(weight + k * columns + n, count);
-      store(out + row * ldo + n, sum, count);
-    }
-  }
-}
-
-// out[rows begin..end, columns] = dG^T B: `gradients` [k_size, ..] by its columns, B [k_size, columns] row-major.
-inline void outer_rows(int64_t begin, int64_t end, int64_t k_size, const float* gradients, int64_t stride,
-                       const float* b, int64_t ldb, int64_t columns, float* out) {
-  const RowTiles tiles(end - begin, max_rows<2>());
-  for (int64_t i = 0; i < tiles.count; ++i) {
-    const int64_t row = begin + tiles.begin(i), count = tiles.begin(i + 1) - tiles.begin(i);
-    int64_t n = 0;
-    for (; n + kColumns <= columns; n += kColumns)
-      tile_rows<2, true>(count, k_size, gradients + row, stride, b + n, ldb, kZero, out + row * columns + n, columns);
-    for (; n < columns; n += kLanes) {
-      const int64_t valid = smaller(kLanes, columns - n);
-      for (int64_t m = 0; m < count; ++m) {
-        Vec sum = {};
-        for (int64_t k = 0; k < k_size; ++k) sum += gradients[k * stride + row + m] * load(b + k * ldb + n, valid);
-        store(out + (row + m) * columns + n, sum, valid);
-      }
-    }
-  }
-}
-
 template <Cell cell>
 void step_gradients(const Problem& problem, const StepBackwardArgs& args, int64_t unit, float* gradients,
                     int64_t stride) {
@@ -260,14 +216,14 @@ void step_backward(const Problem& problem, const StepBackwardArgs& args, int thr
       if (args.dweight_hh && to.hidden_gate >= 0) {
         float* out = args.dweight_hh + to.hidden_gate * hidden * hidden;
         if (args.h0) {
-          outer_rows(from, last, batch, part, stride, args.h0, hidden, hidden, out);
+          outer_rows(from, last, batch, part, stride, args.h0, hidden, 0, hidden, false, out, hidden);
         } else {
           __builtin_memset(out + from * hidden, 0, (last - from) * hidden * sizeof(float));
         }
       }
       if (args.dweight_ih && to.input_gate >= 0)
-        outer_rows(from, last, batch, part, stride, args.x, args.x_stride, size,
-                   args.dweight_ih + to.input_gate * hidden * size);
+        outer_rows(from, last, batch, part, stride, args.x, args.x_stride, 0, size, false,
+                   args.dweight_ih + to.input_gate * hidden * size, size);
     }
   });
 }

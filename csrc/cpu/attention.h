@@ -1,0 +1,59 @@
+// The CPU attention: what a call consists of, and the table of kernels that one instruction set provides.
+#pragma once
+
+#include <stdint.h>
+
+namespace fastrnn::cpu {
+
+// [B, rows, n] with contiguous rows; data null: absent.
+struct Matrices {
+  const float* data;
+  int64_t stride_b, stride_row;
+
+  const float* at(int64_t b, int64_t row) const { return data + b * stride_b + row * stride_row; }
+};
+
+struct AttentionInputs {
+  int64_t batch, queries, keys, size, value_size, channels;
+  Matrices query, key, value;   // [B, Tq, D], [B, Tk, D], [B, Tk, Dv]
+  const float* v;               // [D], of the additive score; null: the inner product
+  Matrices factors;             // [B, Tk, D]: e^{2k}, NaN where that is out of range; or absent
+  const float* features;        // [B, Tq, Tk, C] or null
+  const float* feature_weight;  // [D, C]
+  const int64_t* lengths;       // [B] or null
+  const uint8_t* mask;          // [B, Tq, Tk] by the strides below, or null
+  int64_t mask_b, mask_row, mask_key;  // mask_row 0: the same for all queries
+  bool causal, softmax;
+  float scale;  // of the inner product
+};
+
+struct AttentionForward {
+  AttentionInputs in;
+  float* context;  // [B, Tq, Dv] by these strides
+  int64_t context_b, context_row;
+  float* weights;  // [B, Tq, Tk]
+};
+
+// Gradients are null where not wanted.
+struct AttentionBackward {
+  AttentionInputs in;
+  Matrices dcontext, dweights;  // or absent
+  const float* weights;
+  float* dquery;           // [B, Tq, D]
+  float* dkey;             // [B, Tk, D]
+  float* dvalue;           // [B, Tk, Dv]; may be dkey, which then gets the sum of both
+  float* dv;               // [B, D]: of each memory's part
+  float* dfeatures;        // [B, Tq, Tk, C]
+  float* dfeature_weight;  // [B, D, C]: of each memory's part
+};
+
+struct AttentionKernels {
+  void (*forward)(const AttentionForward&, int threads);
+  void (*backward)(const AttentionBackward&, int threads);
+};
+
+const AttentionKernels& attention_portable();
+const AttentionKernels& attention_avx2();
+const AttentionKernels& attention_avx512();
+
+}  // namespace fastrnn::cpu
