@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "build_info.h"
+#include "cpu/decoder.h"
 #include "cpu/dispatch.h"
 #include "cpu/memory.h"
 #include "cpu/threads.h"
@@ -323,7 +324,7 @@ AttentionInputs attention_inputs(const AttentionSizes& sizes, const Place& query
 
 void attention_forward(const AttentionInputs& in, const Place& context, uintptr_t weights, int threads) {
   const auto [address, stride_b, stride_row] = context;
-  const AttentionForward call{in, pointer(address), stride_b, stride_row, pointer(weights)};
+  const AttentionForward call{in, pointer(address), stride_b, stride_row, pointer(weights), in.queries * in.keys};
   py::gil_scoped_release release;
   attention_kernels().forward(call, team_size(threads));
 }
@@ -335,6 +336,7 @@ void attention_backward(const AttentionInputs& in, const Place& dcontext, const 
                                matrices(dcontext),
                                matrices(dweights),
                                pointer(weights),
+                               in.queries * in.keys,
                                pointer(dquery),
                                pointer(dkey),
                                pointer(dvalue),
@@ -345,7 +347,7 @@ void attention_backward(const AttentionInputs& in, const Place& dcontext, const 
   attention_kernels().backward(call, team_size(threads));
 }
 
-// The calls of csrc/cuda are filled field by field; addresses are integers, as everywhere here.
+// Calls with many members are filled field by field; addresses are integers, as everywhere here.
 template <class Call>
 class Fields {
  public:
@@ -380,6 +382,57 @@ class Fields {
  private:
   py::class_<Call> bound_;
 };
+
+void bind_decoder(py::module_& m) {
+  Fields<DecoderLayer>(m, "DecoderLayer")
+      .value("input_size", &DecoderLayer::input_size)
+      .address("weight_ih", &DecoderLayer::weight_ih)
+      .address("weight_hh", &DecoderLayer::weight_hh)
+      .address("bias_ih", &DecoderLayer::bias_ih)
+      .address("bias_hh", &DecoderLayer::bias_hh)
+      .address("x", &DecoderLayer::x)
+      .address("h", &DecoderLayer::h)
+      .address("c", &DecoderLayer::c)
+      .address("saved", &DecoderLayer::saved)
+      .address("mask", &DecoderLayer::mask)
+      .address("dh", &DecoderLayer::dh)
+      .address("dc", &DecoderLayer::dc)
+      .address("dx", &DecoderLayer::dx)
+      .address("dh0", &DecoderLayer::dh0)
+      .address("dc0", &DecoderLayer::dc0)
+      .address("dweight_ih", &DecoderLayer::dweight_ih)
+      .address("dweight_hh", &DecoderLayer::dweight_hh)
+      .address("dbias_ih", &DecoderLayer::dbias_ih)
+      .address("dbias_hh", &DecoderLayer::dbias_hh);
+  Fields<Decoder>(m, "Decoder")
+      .set<int>("cell", [](Decoder& decoder, int cell) { decoder.cell = static_cast<Cell>(cell); })
+      .value("steps", &Decoder::steps)
+      .value("batch", &Decoder::batch)
+      .value("hidden_size", &Decoder::hidden_size)
+      .value("context_size", &Decoder::context_size)
+      .value("layers", &Decoder::layers)
+      .value("attention", &Decoder::attention)
+      .address("query_weight", &Decoder::query_weight)
+      .address("query", &Decoder::query)
+      .address("context", &Decoder::context)
+      .address("weights", &Decoder::weights)
+      .value("weights_t", &Decoder::weights_t)
+      .value("weights_b", &Decoder::weights_b)
+      .address("dcontext", &Decoder::dcontext)
+      .address("dweights", &Decoder::dweights)
+      .address("dquery", &Decoder::dquery)
+      .address("dkey", &Decoder::dkey)
+      .address("dvalue", &Decoder::dvalue)
+      .address("dv", &Decoder::dv);
+  m.def("decoder_forward", [](const Decoder& decoder, int threads) {
+    py::gil_scoped_release release;
+    decoder_forward(decoder, team_size(threads));
+  });
+  m.def("decoder_backward", [](const Decoder& decoder, int threads) {
+    py::gil_scoped_release release;
+    decoder_backward(decoder, team_size(threads));
+  });
+}
 
 void bind_cuda(py::module_& m) {
   using cuda::Backward, cuda::Forward, cuda::Problem;
@@ -544,7 +597,10 @@ PYBIND11_MODULE(_C, m) {
   });
   py::class_<PackedWeight>(m, "PackedWeight")
       .def(py::init<int, int64_t, int64_t, bool, bool>())
-      .def("prepare", &PackedWeight::prepare);
+      .def("prepare", &PackedWeight::prepare)
+      .def("address", [](const PackedWeight& weight, bool backward) {
+        return reinterpret_cast<uintptr_t>(weight.panels(backward));
+      });
   py::class_<Layout>(m, "Layout")
       .def(py::init<int, bool, int64_t, int64_t, int64_t, int64_t, int64_t, uintptr_t, uintptr_t, uintptr_t, Strides,
                     double, std::optional<uint64_t>, uintptr_t, bool>());
@@ -556,4 +612,5 @@ PYBIND11_MODULE(_C, m) {
   py::class_<AttentionInputs>(m, "AttentionInputs").def(py::init(&attention_inputs));
   m.def("attention_forward", &attention_forward);
   m.def("attention_backward", &attention_backward);
+  bind_decoder(m);
 }

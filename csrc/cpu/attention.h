@@ -15,13 +15,13 @@ struct Matrices {
 
 struct AttentionInputs {
   int64_t batch, queries, keys, size, value_size, channels;
-  Matrices query, key, value;   // [B, Tq, D], [B, Tk, D], [B, Tk, Dv]
-  const float* v;               // [D], of the additive score; null: the inner product
-  Matrices factors;             // [B, Tk, D]: e^{2k}, NaN where that is out of range; or absent
-  const float* features;        // [B, Tq, Tk, C] or null
-  const float* feature_weight;  // [D, C]
-  const int64_t* lengths;       // [B] or null
-  const uint8_t* mask;          // [B, Tq, Tk] by the strides below, or null
+  Matrices query, key, value;          // [B, Tq, D], [B, Tk, D], [B, Tk, Dv]
+  const float* v;                      // [D], of the additive score; null: the inner product
+  Matrices factors;                    // [B, Tk, D]: e^{2k}, NaN where that is out of range; or absent
+  const float* features;               // [B, Tq, Tk, C] or null
+  const float* feature_weight;         // [D, C]
+  const int64_t* lengths;              // [B] or null
+  const uint8_t* mask;                 // [B, Tq, Tk] by the strides below, or null
   int64_t mask_b, mask_row, mask_key;  // mask_row 0: the same for all queries
   bool causal, softmax;
   float scale;  // of the inner product
@@ -31,7 +31,8 @@ struct AttentionForward {
   AttentionInputs in;
   float* context;  // [B, Tq, Dv] by these strides
   int64_t context_b, context_row;
-  float* weights;  // [B, Tq, Tk]
+  float* weights;  // [B, Tq, Tk]: rows of Tk, and this from memory to memory
+  int64_t weights_b;
 };
 
 // Gradients are null where not wanted.
@@ -39,6 +40,7 @@ struct AttentionBackward {
   AttentionInputs in;
   Matrices dcontext, dweights;  // or absent
   const float* weights;
+  int64_t weights_b;
   float* dquery;           // [B, Tq, D]
   float* dkey;             // [B, Tk, D]
   float* dvalue;           // [B, Tk, Dv]; may be dkey, which then gets the sum of both
@@ -50,6 +52,10 @@ struct AttentionBackward {
 struct AttentionKernels {
   void (*forward)(const AttentionForward&, int threads);
   void (*backward)(const AttentionBackward&, int threads);
+  // out [rows, columns] (+)= A B, A [rows, depth], B in panels: Kernels::pack_forward of an RNN's weight [columns,
+  // depth], or pack_backward of one [depth, columns].
+  void (*multiply_panels)(int64_t rows, int64_t depth, const float* a, int64_t lda, const void* panels, int64_t columns,
+                          bool accumulate, float* out, int64_t ldo, int threads);
 };
 
 const AttentionKernels& attention_portable();

@@ -1,5 +1,5 @@
-// Attention, forward and backward. A memory with its queries is one piece of work, for one thread where there are enough
-// of them: scores of all pairs, weights, contexts, while its keys and values are in the cache. Formulas:
+// Attention, forward and backward. A memory with its queries is one piece of work, for one thread where there are
+// enough of them: scores of all pairs, weights, contexts, while its keys and values are in the cache. Formulas:
 // fastrnn/reference/attention.py.
 #pragma once
 
@@ -9,11 +9,12 @@
 namespace fastrnn {
 namespace {
 
-// Pairs of query and key whose scores are summed at once, one in each lane: kRows queries by kKeys keys, or one query by
-// kLanes keys.
+// Pairs of query and key whose scores are summed at once, one in each lane: kRows queries by kKeys keys, or one query
+// by kLanes keys.
 constexpr int kRows = kLanes == 16 ? 4 : 2, kKeys = kLanes / kRows;
-constexpr int kStreams = 4;  // keys that one query reads at once
+constexpr int kStreams = 4;         // keys that one query reads at once
 constexpr int64_t kSumDepth = 256;  // terms of a weighted sum in one pass: long memories stay accurate
+constexpr int64_t kPanelDepth = 512;
 constexpr float kLargestExponent = 87.0f;
 // Below this sum of the largest |q| and |k| the rounding of e^{2q} e^{2k} near 1 would show in tanh itself.
 constexpr float kSmallArguments = 1.0f;
@@ -84,8 +85,9 @@ struct LogisticTerm {
   }
 };
 
-// Lane i * K + j is the score of query i and key j; each is summed in the same order, whatever Q and K. One query streams
-// the keys, a few at a time, and asks for those that come `ahead` elements later (L3 on a Zen 5 core: 64 -> 81 GB/s).
+// Lane i * K + j is the score of query i and key j; each is summed in the same order, whatever Q and K. One query
+// streams the keys, a few at a time, and asks for those that come `ahead` elements later (L3 on a Zen 5 core: 64 -> 81
+// GB/s).
 template <class Term, int Q, int K>
 __attribute__((noinline)) Vec score_pairs(const float* const* query, const float* const* key, int64_t ahead,
                                           const float* v, int64_t size) {
@@ -107,8 +109,7 @@ __attribute__((noinline)) Vec score_pairs(const float* const* query, const float
     int64_t d = 0;
     for (; d + kLanes <= size; d += kLanes)
       step(d, [](const float* p) __attribute__((always_inline)) { return load(p); });
-    if (d < size)
-      step(d, [count = size - d](const float* p) __attribute__((always_inline)) { return load(p, count); });
+    if (d < size) step(d, [count = size - d](const float* p) __attribute__((always_inline)) { return load(p, count); });
 #pragma GCC unroll 16
     for (int i = 0; i < kGroup; ++i) sums[group + i] = part[i];
   }
@@ -310,8 +311,8 @@ struct Part {
 template <class Work>
 void deal_attention(const AttentionDeal& deal, Work work) {
   Barrier barrier(deal.slots);
-  // Every other call goes through the memories from the last to the first: the next step of a decoder finds in the cache
-  // what the step before read last.
+  // Every other call goes through the memories from the last to the first: the next step of a decoder finds in the
+  // cache what the step before read last.
   static int calls = 0;
   const bool backwards = __atomic_fetch_add(&calls, 1, __ATOMIC_RELAXED) & 1;
   on_team(deal.slots, [&](int64_t begin, int64_t end) {
@@ -331,7 +332,8 @@ inline float sum_of(const float* v, int64_t size) {
 void attention_forward(const AttentionForward& call, int threads) {
   const AttentionInputs& in = call.in;
   const int64_t ld = vectors_of(in.size);
-  // Factors pay where each serves two pairs, or is there already. Without a softmax scores need tanh's relative accuracy.
+  // Factors pay where each serves two pairs, or is there already. Without a softmax scores need tanh's relative
+  // accuracy.
   const bool factored = in.v && in.softmax && !in.features && (in.factors.data || in.queries > 1);
   const int64_t query_floats = factored ? in.queries * ld : 0;
   const int64_t key_floats = in.features ? (kLanes + 1) * ld : factored && !in.factors.data ? kLanes * ld : 0;
@@ -343,7 +345,7 @@ void attention_forward(const AttentionForward& call, int threads) {
   deal_attention(deal, [&](int64_t b, const Part& part, int64_t slot) {
     float* query_factors = scratch.data() + slot * (query_floats + key_floats);
     float* block = query_factors + query_floats;
-    float* weights = call.weights + b * in.queries * in.keys;
+    float* weights = call.weights + b * call.weights_b;
     const int64_t count = key_count(in, b);
     if (factored)
       for (int64_t t = 0; t < in.queries; ++t) store_factors(in.query.at(b, t), in.size, query_factors + t * ld);
@@ -436,8 +438,8 @@ inline void normalize_row_backward(const AttentionInputs& in, int64_t b, int64_t
   __builtin_memset(row + count, 0, (in.keys - count) * sizeof(float));
 }
 
-// Gradients of the additive score in the columns d .. d + kLanes - 1, from those of the scores. `exact`: by tanh itself.
-// Guarded: a key whose score has no gradient may be NaN.
+// Gradients of the additive score in the columns d .. d + kLanes - 1, from those of the scores. `exact`: by tanh
+// itself. Guarded: a key whose score has no gradient may be NaN.
 template <bool exact, bool guarded>
 void additive_columns(const AttentionInputs& in, int64_t count, const float* dscores, const Vec* query, const Vec* key,
                       Vec* dquery, Vec* dkey, Vec* dv) {
@@ -531,7 +533,8 @@ inline void additive_backward(const AttentionBackward& call, int64_t b, const fl
         out_of_range |= query[t] != query[t];
       }
       for (int64_t s = 0; s < count; ++s) {
-        key[s] = tanh_factor(key[s]);
+        key[s] = in.factors.data && !(mask && !mask[s * in.mask_key]) ? load(in.factors.at(b, s) + d, valid)
+                                                                      : tanh_factor(key[s]);
         out_of_range |= key[s] != key[s];
       }
       for (int i = 0; i < kLanes; ++i) exact |= out_of_range[i] != 0;
@@ -606,10 +609,36 @@ inline void features_backward(const AttentionBackward& call, int64_t b, const fl
     if (call.dfeatures)
       __builtin_memset(call.dfeatures + ((b * in.queries + t) * in.keys + count) * in.channels, 0,
                        (in.keys - count) * in.channels * sizeof(float));
-    if (call.dquery)
-      __builtin_memcpy(call.dquery + (b * in.queries + t) * in.size, dquery, in.size * sizeof(float));
+    if (call.dquery) __builtin_memcpy(call.dquery + (b * in.queries + t) * in.size, dquery, in.size * sizeof(float));
   }
   if (call.dv) __builtin_memcpy(call.dv + b * in.size, dv, in.size * sizeof(float));
+}
+
+void multiply_panels(int64_t rows, int64_t depth, const float* a, int64_t lda, const void* packed, int64_t columns,
+                     bool accumulate, float* out, int64_t ldo, int threads) {
+  const int64_t panels = ceil_div(columns, kColumns);
+  const int64_t slots = larger(1, smaller(smaller(threads, panels), rows * depth * columns >> 18));
+  const Scratch scratch(slots * rows * kColumns);
+  on_team(slots, [&, slots](int64_t begin, int64_t end) {
+    const RowTiles tiles(rows, max_rows<2>());
+    for (int64_t p = panels * begin / slots; p < panels * end / slots; ++p) {
+      const float* panel = static_cast<const float*>(packed) + p * depth * kColumns;
+      const int64_t n = p * kColumns, valid = smaller(kColumns, columns - n);
+      float* to = valid == kColumns ? out + n : scratch.data() + begin * rows * kColumns;
+      const int64_t ld = valid == kColumns ? ldo : kColumns;
+      for (int64_t row = 0; to != out + n && accumulate && row < rows; ++row)
+        __builtin_memcpy(to + row * ld, out + row * ldo + n, valid * sizeof(float));
+      for (int64_t k = 0; k < depth; k += kPanelDepth)
+        for (int64_t i = 0; i < tiles.count; ++i) {
+          float* c = to + tiles.begin(i) * ld;
+          tile_rows<2, false>(tiles.begin(i + 1) - tiles.begin(i), smaller(kPanelDepth, depth - k),
+                              a + tiles.begin(i) * lda + k, lda, panel + k * kColumns, kColumns,
+                              resume(accumulate || k > 0, c, ld), c, ld);
+        }
+      for (int64_t row = 0; to != out + n && row < rows; ++row)
+        __builtin_memcpy(out + row * ldo + n, to + row * ld, valid * sizeof(float));
+    }
+  });
 }
 
 void attention_backward(const AttentionBackward& call, int threads) {
@@ -627,7 +656,7 @@ void attention_backward(const AttentionBackward& call, int threads) {
   if (in.features) transpose_features(in, scratch.data());
 
   deal_attention(deal, [&](int64_t b, const Part& part, int64_t slot) {
-    const float* weights = call.weights + b * pairs;
+    const float* weights = call.weights + b * call.weights_b;
     float* dscores = scores + (deal.shared ? b : slot) * score_floats;
     const int64_t count = key_count(in, b);
     const bool values_too = call.dcontext.data != nullptr;
@@ -641,8 +670,8 @@ void attention_backward(const AttentionBackward& call, int threads) {
         const float* rows[kLanes];
         for (int64_t i = 0; i < kLanes; ++i) rows[i] = in.value.at(b, s + smaller(i, keys - 1));
         score_block<ProductTerm>(
-            0, in.queries, [&](int64_t t) { return call.dcontext.at(b, t); }, rows,
-            in.value.stride_row, keys, nullptr, in.value_size, keep);
+            0, in.queries, [&](int64_t t) { return call.dcontext.at(b, t); }, rows, in.value.stride_row, keys, nullptr,
+            in.value_size, keep);
       } else {
         for (int64_t t = 0; t < in.queries; ++t)
           for (int64_t i = 0; i < keys; ++i) keep(t, i, 0.0f);
@@ -656,8 +685,7 @@ void attention_backward(const AttentionBackward& call, int threads) {
     if (call.dvalue) {
       const int64_t begin = part.first(in.value_size, kColumns), end = part.last(in.value_size, kColumns);
       float* out = call.dvalue + b * in.keys * in.value_size;
-      if (values_too)
-        transposed_sums(in, b, count, weights, call.dcontext, begin, end, false, out, in.value_size);
+      if (values_too) transposed_sums(in, b, count, weights, call.dcontext, begin, end, false, out, in.value_size);
       for (int64_t s = values_too ? count : 0; s < in.keys; ++s)
         __builtin_memset(out + s * in.value_size + begin, 0, (end - begin) * sizeof(float));
     }
@@ -682,10 +710,10 @@ void attention_backward(const AttentionBackward& call, int threads) {
 }  // namespace
 }  // namespace fastrnn
 
-#define FASTRNN_DEFINE_ATTENTION(name)                                                     \
-  namespace fastrnn::cpu {                                                                 \
-  const AttentionKernels& attention_##name() {                                             \
-    static const AttentionKernels kernels = {attention_forward, attention_backward};       \
-    return kernels;                                                                        \
-  }                                                                                        \
+#define FASTRNN_DEFINE_ATTENTION(name)                                                                \
+  namespace fastrnn::cpu {                                                                            \
+  const AttentionKernels& attention_##name() {                                                        \
+    static const AttentionKernels kernels = {attention_forward, attention_backward, multiply_panels}; \
+    return kernels;                                                                                   \
+  }                                                                                                   \
   }

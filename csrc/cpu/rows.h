@@ -1,5 +1,5 @@
-// Products with row-major matrices read where they lie, for operands that are used too few times to be packed. Every sum
-// runs over k in order with one accumulator, as in gemm.h.
+// Products with row-major matrices read where they lie, for operands that are used too few times to be packed. Every
+// sum runs over k in order with one accumulator, as in gemm.h.
 #pragma once
 
 #include "cpu/pack.h"

@@ -38,7 +38,7 @@ KERNEL_OPTIONS = frozenset(
     }
 )
 
-# Panels of weights, kept as long as the weight's storage lives: what _pack's key says -> PackedWeight. Not by tensor: a
+# Panels of weights, kept as long as the weight's storage lives: what packed_weight's key says -> PackedWeight. Not by tensor: a
 # weak reference to a parameter keeps torch from swapping it (torch.utils.swap_tensors).
 _packed: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
@@ -115,7 +115,7 @@ def _layout(
     )
 
 
-def _pack(
+def packed_weight(
     weight: Tensor, dtype: torch.dtype, cell: str, gates: int, hidden_weight: bool, backward: bool, reuse: bool
 ) -> Any:
     """The weight in the panels of the kernels for this dtype."""
@@ -271,9 +271,9 @@ def forward(
         _layout(cell, x, hidden, outputs, *options),
         x.data_ptr(),
         time_strides(x),
-        None if weight_ih is None else _pack(weight_ih, x.dtype, cell, gates, False, False, reuse),
-        _pack(weight_hh, x.dtype, cell, gates, True, False, reuse),
-        None if weight_hr is None else _pack(weight_hr, x.dtype, "rnn_tanh", 1, False, False, reuse),
+        None if weight_ih is None else packed_weight(weight_ih, x.dtype, cell, gates, False, False, reuse),
+        packed_weight(weight_hh, x.dtype, cell, gates, True, False, reuse),
+        None if weight_hr is None else packed_weight(weight_hr, x.dtype, "rnn_tanh", 1, False, False, reuse),
         *map(address, (bias_ih, bias_hh, h0, c0, y)),
         time_strides(y),
         h_n.data_ptr(),
@@ -378,9 +378,9 @@ def backward(
             (0, 0) if dc_all is None else time_strides(dc_all),
             x.data_ptr(),
             time_strides(x),
-            _pack(weight_ih, x.dtype, cell, gates, False, True, reuse) if project else None,  # type: ignore[arg-type]
-            _pack(weight_hh, x.dtype, cell, gates, True, True, reuse),
-            None if weight_hr is None else _pack(weight_hr, x.dtype, "rnn_tanh", 1, False, True, reuse),
+            packed_weight(weight_ih, x.dtype, cell, gates, False, True, reuse) if project else None,  # type: ignore[arg-type]
+            packed_weight(weight_hh, x.dtype, cell, gates, True, True, reuse),
+            None if weight_hr is None else packed_weight(weight_hr, x.dtype, "rnn_tanh", 1, False, True, reuse),
             address(h0),
             address(c0) if lstm else 0,
             y.data_ptr(),

@@ -38,7 +38,7 @@ def _whole(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.float().contiguous()
 
 
-class _Inputs:
+class Inputs:
     """The inputs of a call as the kernels take them, kept alive."""
 
     def __init__(
@@ -84,8 +84,8 @@ class _Inputs:
 
 
 def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """Context [B, Tq, Dv] in the query's dtype and weights [B, Tq, Tk] in float32. Arguments: those of _Inputs."""
-    inputs = _Inputs(*arguments)
+    """Context [B, Tq, Dv] in the query's dtype and weights [B, Tq, Tk] in float32. Arguments: those of Inputs."""
+    inputs = Inputs(*arguments)
     batch, queries, keys, _, value_size = inputs.sizes
     context = inputs.query.new_empty(batch, queries, value_size)
     weights = inputs.query.new_empty(batch, queries, keys)
@@ -93,7 +93,7 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     return context.to(arguments[0].dtype), weights
 
 
-def launch(inputs: _Inputs, context: Tensor, weights: Tensor) -> None:
+def launch(inputs: Inputs, context: Tensor, weights: Tensor) -> None:
     """Into float32 tensors of these shapes, the context with any strides but its last."""
     threads = torch.get_num_threads()
     native.load().attention_forward(inputs.native, _place(context), weights.data_ptr(), threads)  # type: ignore[union-attr]
@@ -102,10 +102,10 @@ def launch(inputs: _Inputs, context: Tensor, weights: Tensor) -> None:
 def backward(dcontext: Tensor | None, dweights: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
     """Gradients of AttentionCall.inputs in their dtypes, empty where `needs` is False.
 
-    Arguments: the tensors of _Inputs, the weights, the rest of _Inputs, needs.
+    Arguments: the tensors of Inputs, the weights, the rest of Inputs, needs.
     """
     tensors, weights, needs = arguments[:9], arguments[9], arguments[-1]
-    inputs = _Inputs(*tensors, *arguments[10:-1])
+    inputs = Inputs(*tensors, *arguments[10:-1])
     query, values = tensors[0], tensors[2]
     batch = query.shape[0]
     if dcontext is None and dweights is None:

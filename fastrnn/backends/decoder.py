@@ -1,0 +1,285 @@
+"""The loop of an attention decoder on the back end `cpu`: launchers of csrc/cpu/decoder.cpp. They allocate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastrnn.backends import native
+from fastrnn.backends.attention.cpu import DTYPES, Inputs
+from fastrnn.backends.call import kernel_reasons, place_reasons
+from fastrnn.backends.cpu import packed_weight
+from fastrnn.backends.native import CELL_INDEX
+from fastrnn.backends.tensors import address
+from fastrnn.reference import CELLS, LayerWeights
+
+
+@dataclass(slots=True)
+class DecoderCall:
+    """T steps of N sequences and L layers of H units, N / B of them for each of B memories of Tk keys."""
+
+    cell: str  # of native.CELL_INDEX
+    x: Tensor  # [T, N, I]
+    layers: Sequence[LayerWeights]  # the first one's weight_ih [G*H, I + Dv]
+    h0: Tensor  # [L, N, H]
+    c0: Tensor | None  # [L, N, H], LSTM
+    context0: Tensor  # [N, Dv]
+    query_weight: Tensor | None  # [D, H]; None: h is the query
+    keys: Tensor  # [B, Tk, D]
+    values: Tensor | None = None  # [B, Tk, Dv]; None: the keys
+    v: Tensor | None = None  # [D], of the additive score
+    factors: Tensor | None = None  # [B, Tk, D], of AttentionCall
+    lengths: Tensor | None = None  # [B] int64
+    mask: Tensor | None = None  # [B, 1, Tk] bool
+    dropout_mask: Tensor | None = None  # [L - 1, T, N, H]
+    scale: float = 1.0
+    normalize: str = "softmax"
+
+    def inputs(self) -> tuple[Tensor | None, ...]:
+        """All tensors that have gradients, given or not; from the eighth on those of the layers, four each."""
+        others = (self.h0, self.c0, self.context0, self.query_weight, self.keys, self.values, self.v)
+        return (self.x, *others, *(tensor for layer in self.layers for tensor in layer))
+
+    def reasons_against(self) -> list[str]:
+        """Why the back end cpu cannot take the whole loop in one call."""
+        tensors = {f"tensor {index}": tensor for index, tensor in enumerate(self.inputs()) if tensor is not None}
+        reasons = []
+        if native.load() is None:
+            reasons.append(f"the compiled extension is not available ({native.load_error()})")
+        reasons += place_reasons(self.x, tensors, "the CPU", self.x.is_cpu, DTYPES) + kernel_reasons(tensors)
+        if self.x.numel() == 0 or self.keys.numel() == 0 or self.h0.numel() == 0:
+            reasons.append("an empty tensor")
+        if self.x.shape[1] != self.keys.shape[0] and self._wants_gradients():
+            reasons.append("gradients where several sequences share a memory")
+        return reasons
+
+    def _wants_gradients(self) -> bool:
+        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in self.inputs())
+
+
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+INPUT_COUNT = 8  # of DecoderCall.inputs, before those of the layers
+
+
+def _float(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.float().contiguous()
+
+
+class _Loop:
+    """A native call, and the tensors whose addresses it holds."""
+
+    def __init__(self, cell: str, x: Tensor, h0: Tensor, keys: Tensor, attention: Inputs, dropout_mask: Any) -> None:
+        self.library: Any = native.load()
+        self.native = self.library.Decoder()
+        self.cell, self.gates = cell, CELLS[cell.removesuffix("_reset_before")].gates
+        self.steps, self.batch, self.fed = x.shape
+        self.count, _, self.hidden = h0.shape
+        self.kept: list[Any] = []
+        self.attention = attention
+        self.dropout_mask = _float(dropout_mask)
+        native_loop = self.native
+        native_loop.cell, native_loop.steps, native_loop.batch = CELL_INDEX[cell], self.steps, self.batch
+        native_loop.hidden_size, native_loop.context_size = self.hidden, attention.sizes[4]
+        native_loop.attention = attention.native
+        # With one query of each memory all steps of a memory lie together, as the gradients of its keys want them.
+        shared = self.batch != keys.shape[0]
+        count = keys.shape[1]
+        native_loop.weights_t = self.batch * count if shared else count
+        native_loop.weights_b = self.batch // keys.shape[0] * count if shared else self.steps * count
+        self.weights_shape = (self.steps, self.batch, count) if shared else (self.batch, self.steps, count)
+
+    def at(self, tensor: Tensor | None) -> int:
+        """The address of a tensor that is kept as long as the call."""
+        self.kept.append(tensor)
+        return address(tensor)
+
+    def layer(self, weights: Sequence[Tensor | None], backward: bool, reuse: bool) -> Any:
+        """A native layer with packed weights."""
+        weight_ih, weight_hh, bias_ih, bias_hh = weights
+        assert weight_ih is not None and weight_hh is not None
+        layer = self.library.DecoderLayer()
+        layer.input_size = weight_ih.shape[1]
+        for name, weight, hidden in (("weight_ih", weight_ih, False), ("weight_hh", weight_hh, True)):
+            packed = packed_weight(weight, torch.float32, self.cell, self.gates, hidden, backward, reuse)
+            self.kept.append(packed)
+            setattr(layer, name, packed.address(backward))
+        layer.bias_ih, layer.bias_hh = self.at(_float(bias_ih)), self.at(_float(bias_hh))
+        return layer
+
+    def pack_query(self, weight: Tensor | None, backward: bool, reuse: bool) -> None:
+        if weight is not None:
+            packed = packed_weight(weight, torch.float32, "rnn_tanh", 1, False, backward, reuse)
+            self.kept.append(packed)
+            self.native.query_weight = packed.address(backward)
+
+
+def _parts(flat: Tensor, steps: int, batch: int, sizes: Sequence[int]) -> list[Tensor]:
+    """The inputs of the layers [T, N, size], out of one tensor."""
+    parts = flat.split([steps * batch * size for size in sizes])
+    return [part.view(steps, batch, size) for part, size in zip(parts, sizes, strict=True)]
+
+
+def forward(
+    cell: str,
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    context0: Tensor,
+    query_weight: Tensor | None,
+    keys: Tensor,
+    values: Tensor | None,
+    v: Tensor | None,
+    weights: Sequence[Tensor | None],
+    factors: Tensor | None,
+    lengths: Tensor | None,
+    mask: Tensor | None,
+    dropout_mask: Tensor | None,
+    scale: float,
+    normalize: str,
+    save: bool,
+) -> Outputs:
+    """All states h and c [L, T + 1, N, H], contexts [T, N, Dv], weights [N, T, Tk], and what the backward pass needs
+    with `save`: queries, inputs of the layers and saved activations. All in float32."""
+    query = keys.new_empty(keys.shape[0], x.shape[1] // keys.shape[0], keys.shape[2])
+    arguments = (query, keys, values, v, None, None, factors, lengths, mask, False, scale, normalize)
+    loop = _Loop(cell, x, h0, keys, Inputs(*arguments), dropout_mask)
+    steps, batch, hidden, count = loop.steps, loop.batch, loop.hidden, loop.count
+    lstm = cell == "lstm"
+    h = x.new_empty(count, steps + 1, batch, hidden, dtype=torch.float32)
+    h[:, 0] = h0
+    c = h.new_empty(h.shape if lstm else 0)
+    if c0 is not None:
+        c[:, 0] = c0
+    sizes = [x.shape[2] + context0.shape[1], *[hidden] * (count - 1)]
+    inputs = h.new_empty(steps * batch * sum(sizes))
+    parts = _parts(inputs, steps, batch, sizes)
+    parts[0][..., : loop.fed] = x
+    parts[0][0, :, loop.fed :] = context0
+    saved_size = loop.library.saved_sizes(CELL_INDEX[cell], steps * batch, hidden, False, False)[0] if save else 0
+    saved = h.new_empty(count, saved_size)
+    contexts = h.new_empty(steps, batch, context0.shape[1])
+    weighting = h.new_empty(loop.weights_shape)
+    queries = h.new_empty((steps, batch, keys.shape[2]) if query_weight is not None else 0)
+    layers = []
+    for index in range(count):
+        layer = loop.layer(weights[4 * index :][:4], False, not save)
+        layer.x, layer.h, layer.c = (tensor.data_ptr() for tensor in (parts[index], h[index], c[index] if lstm else c))
+        layer.c = c[index].data_ptr() if lstm else 0
+        layer.saved = saved[index].data_ptr() if saved_size else 0
+        if loop.dropout_mask is not None and index + 1 < count:
+            layer.mask = loop.dropout_mask[index].data_ptr()
+        layers.append(layer)
+    loop.native.layers = layers
+    loop.pack_query(query_weight, False, not save)
+    loop.native.query, loop.native.context = queries.data_ptr(), contexts.data_ptr()
+    loop.native.weights = weighting.data_ptr()
+    loop.library.decoder_forward(loop.native, torch.get_num_threads())
+    weighting = weighting if batch == keys.shape[0] else weighting.transpose(0, 1).contiguous()
+    return h, c, contexts, weighting, queries, inputs, saved
+
+
+def backward(
+    dh: Tensor | None,
+    dcontexts: Tensor | None,
+    dweights: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    cell: str,
+    x: Tensor,
+    h0: Tensor,
+    query_weight: Tensor | None,
+    keys: Tensor,
+    values: Tensor | None,
+    v: Tensor | None,
+    weights: Sequence[Tensor | None],
+    factors: Tensor | None,
+    lengths: Tensor | None,
+    mask: Tensor | None,
+    dropout_mask: Tensor | None,
+    scale: float,
+    normalize: str,
+    h: Tensor,
+    c: Tensor,
+    contexts: Tensor,
+    weighting: Tensor,
+    queries: Tensor,
+    inputs: Tensor,
+    saved: Tensor,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """Gradients of DecoderCall.inputs in their dtypes; empty where `needs` is False.
+
+    dh [T, N, H]: of the top layer's states; dcontexts, dweights, dh_n, dc_n: of the loop's other results.
+    """
+    query = keys.new_empty(keys.shape[0], 1, keys.shape[2])
+    attention = Inputs(query, keys, values, v, None, None, factors, lengths, mask, False, scale, normalize)
+    loop = _Loop(cell, x, h0, keys, attention, dropout_mask)
+    steps, batch, hidden, count = loop.steps, loop.batch, loop.hidden, loop.count
+    lstm = cell == "lstm"
+    sizes = [x.shape[2] + contexts.shape[2], *[hidden] * (count - 1)]
+    parts = _parts(inputs, steps, batch, sizes)
+    dinputs = torch.empty_like(inputs)
+    dparts = _parts(dinputs, steps, batch, sizes)
+    dstates = h.new_zeros(count, steps, batch, hidden)
+    if dh is not None:
+        dstates[-1] = dh
+    if dh_n is not None:
+        dstates[:, -1] += dh_n
+    dcells = h.new_empty((count, steps, batch, hidden) if lstm else 0)
+    if lstm:
+        dcells[:, -1] = 0 if dc_n is None else dc_n
+    dcontext = torch.zeros_like(contexts) if dcontexts is None else dcontexts.float().contiguous().clone()
+    dweights = _float(dweights)
+    dquery = h.new_empty(steps, batch, keys.shape[2])
+    dh0, dc0 = (h.new_empty(count, batch, hidden) for _ in range(2))
+    found: list[Tensor | None] = [None] * len(needs)
+    layers = []
+    for index in range(count):
+        own = weights[4 * index :][:4]
+        layer = loop.layer(own, True, False)
+        layer.x, layer.h = parts[index].data_ptr(), h[index].data_ptr()
+        layer.saved = saved[index].data_ptr() if saved.numel() else 0
+        layer.dh, layer.dx, layer.dh0 = (t.data_ptr() for t in (dstates[index], dparts[index], dh0[index]))
+        if lstm:
+            layer.c, layer.dc, layer.dc0 = (t.data_ptr() for t in (c[index], dcells[index], dc0[index]))
+        if loop.dropout_mask is not None and index + 1 < count:
+            layer.mask = loop.dropout_mask[index].data_ptr()
+        for position, name in enumerate(("dweight_ih", "dweight_hh", "dbias_ih", "dbias_hh")):
+            at = INPUT_COUNT + 4 * index + position
+            weight = own[position]
+            if needs[at] and weight is not None:
+                gradient = found[at] = h.new_empty(weight.shape)
+                setattr(layer, name, gradient.data_ptr())
+        layers.append(layer)
+    loop.native.layers = layers
+    loop.pack_query(query_weight, True, False)
+    fields = {"query": queries, "context": contexts, "weights": weighting, "dcontext": dcontext, "dquery": dquery}
+    for name, tensor in fields.items():
+        setattr(loop.native, name, tensor.data_ptr())
+    loop.native.dweights = address(dweights)
+    parts_of_v = None
+    for at, name, tensor in ((5, "dkey", keys), (6, "dvalue", values)):
+        if needs[at] and tensor is not None:
+            gradient = found[at] = h.new_empty(tensor.shape)
+            setattr(loop.native, name, gradient.data_ptr())
+            if values is None:
+                loop.native.dvalue = gradient.data_ptr()
+    if needs[7] and v is not None:
+        parts_of_v = h.new_empty(keys.shape[0], *v.shape)
+        loop.native.dv = parts_of_v.data_ptr()
+    loop.library.decoder_backward(loop.native, torch.get_num_threads())
+
+    found[0] = dparts[0][..., : loop.fed]
+    found[1], found[2] = dh0, dc0 if lstm else None
+    found[3] = dparts[0][0, :, loop.fed :]
+    if needs[4] and query_weight is not None:
+        found[4] = dquery.flatten(0, 1).T @ h[-1, 1:].flatten(0, 1)
+    found[7] = None if parts_of_v is None else parts_of_v.sum(0)
+    return [
+        h.new_empty(0) if gradient is None or not need else gradient.to(x.dtype).contiguous()
+        for gradient, need in zip(found, needs, strict=True)
+    ]
