@@ -15,7 +15,8 @@ from fastrnn.nn.options import check_backend
 
 ModuleT = TypeVar("ModuleT", bound=torch.nn.Module)
 
-_OURS: dict[type, type] = {getattr(torch.nn, name): getattr(nn, name) for name in nn.__all__}
+_NAMES = ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell")
+_OURS: dict[type, type] = {getattr(torch.nn, name): getattr(nn, name) for name in _NAMES}
 _TORCHS = {ours: torchs for torchs, ours in _OURS.items()}
 
 # What torch's forward passes call and ours do not: a subclass with its own version wants it called.

@@ -7,12 +7,14 @@ from typing import Any
 import torch
 
 from fastrnn import backends, convert
+from fastrnn.nn.attention import Attention
 from fastrnn.nn.options import WithOptions
 from fastrnn.nn.rnn import Layers
 
 
 def explain(module: torch.nn.Module, *args: Any, **kwargs: Any) -> str:
-    """Runs ``module(*args, **kwargs)`` once and tells which back end computed each recurrent layer and direction.
+    """Runs ``module(*args, **kwargs)`` once and tells which back end computed each recurrent layer and direction,
+    and each call of attention.
 
     For every other back end it says why that was passed over, and for each of torch.nn's own recurrent modules why it
     is not one of fastrnn's. Gradients, the state of the random number generators and buffers stay as they were.
@@ -25,15 +27,15 @@ def explain(module: torch.nn.Module, *args: Any, **kwargs: Any) -> str:
     with backends.recorded_choices() as choices:
         for name, part in module.named_modules():
             title = f"{name or 'the module itself'} ({type(part).__name__})"
-            if isinstance(part, WithOptions):
+            if isinstance(part, (WithOptions, Attention)):
 
                 def forget(*_: Any) -> None:
                     choices.clear()
 
                 def note(part: torch.nn.Module, *_: Any, title: str = title) -> None:
-                    for index, choice in enumerate(choices):
-                        text = f"{title}{_place(part, index, len(choices))}: {choice}"
-                        calls[text] = calls.get(text, 0) + 1
+                    texts = [f"{_place(part, index, len(choices))}: {choice}" for index, choice in enumerate(choices)]
+                    for text in texts or [": torch's own operations, there are no kernels for it"]:
+                        calls[title + text] = calls.get(title + text, 0) + 1
 
                 handles += [part.register_forward_pre_hook(forget), part.register_forward_hook(note)]
             elif convert.torch_class(part):
@@ -52,7 +54,7 @@ def explain(module: torch.nn.Module, *args: Any, **kwargs: Any) -> str:
                 for buffer, value in buffers:
                     buffer.copy_(value)
     text = "\n".join(text if count == 1 else f"{count} calls of {text}" for text, count in calls.items())
-    text = text or "no recurrent module was called"
+    text = text or "no recurrent or attention module was called"
     print(text)
     return text
 

@@ -1,9 +1,34 @@
-"""Modules: torch.nn's recurrent modules on fastrnn's operators, with options that torch.nn does not have."""
+"""Modules: torch.nn's recurrent modules on fastrnn's operators, with options that torch.nn does not have; attention."""
 
+from fastrnn.nn.attention import (
+    AdditiveAttention,
+    DotAttention,
+    GeneralAttention,
+    LocationAttention,
+    MeanContext,
+    PositionalAttention,
+    PreparedMemory,
+    SelfAttention,
+)
 from fastrnn.nn.cells import GRUCell, LSTMCell, RNNCell
 from fastrnn.nn.rnn import GRU, LSTM, RNN
 from fastrnn.nn.tracing import allow_tracing
 
-__all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "AdditiveAttention",
+    "DotAttention",
+    "GRUCell",
+    "GeneralAttention",
+    "LSTMCell",
+    "LocationAttention",
+    "MeanContext",
+    "PositionalAttention",
+    "PreparedMemory",
+    "RNNCell",
+    "SelfAttention",
+]
 
 allow_tracing()
