@@ -8,6 +8,7 @@ import torch
 
 from fastrnn import backends, convert
 from fastrnn.nn.attention import Attention
+from fastrnn.nn.decoder import AttentionDecoder
 from fastrnn.nn.options import WithOptions
 from fastrnn.nn.rnn import Layers
 
@@ -27,7 +28,19 @@ def explain(module: torch.nn.Module, *args: Any, **kwargs: Any) -> str:
     with backends.recorded_choices() as choices:
         for name, part in module.named_modules():
             title = f"{name or 'the module itself'} ({type(part).__name__})"
-            if isinstance(part, (WithOptions, Attention)):
+            if isinstance(part, AttentionDecoder):
+
+                def start(*_: Any) -> None:
+                    choices.clear()
+
+                def note_loop(_: torch.nn.Module, *__: Any, title: str = title) -> None:
+                    # Step by step, its layers and its attention have their own words.
+                    for choice in choices:
+                        if choice.call.startswith("decoder loop"):
+                            calls[f"{title}: {choice}"] = calls.get(f"{title}: {choice}", 0) + 1
+
+                handles += [part.register_forward_pre_hook(start), part.register_forward_hook(note_loop)]
+            elif isinstance(part, (WithOptions, Attention)):
 
                 def forget(*_: Any) -> None:
                     choices.clear()

@@ -21,8 +21,10 @@ __all__ = [
     "RecurrenceCall",
     "choose",
     "reasons_against",
+    "record",
     "recorded_choices",
     "recording",
+    "transform_reasons",
     "transforming",
 ]
 
@@ -81,6 +83,12 @@ def recorded_choices() -> Iterator[list[Choice]]:
         _records = outer
 
 
+def record(call: str, picked: str, asked: str) -> None:
+    """Notes a choice that was made without `choose`, where choices are being collected."""
+    if _records is not None:
+        _records.append(Choice(call, picked, asked, {}))
+
+
 def transforming() -> bool:
     """Whether a torch.func transform is active, whose tensors may stand for many, so that their values are hidden."""
     return torch._C._functorch.peek_interpreter_stack() is not None
@@ -91,7 +99,7 @@ def transforming() -> bool:
 transforming._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _transform_reasons() -> list[str]:
+def transform_reasons() -> list[str]:
     """What hides the tensors' memory from a kernel, or asks for derivatives that it does not have."""
     if transforming():
         return ["a torch.func transform is active; only the reference can be transformed"]
@@ -106,7 +114,7 @@ def reasons_against(name: str, call: Call) -> list[str]:
     if module is None:
         return ["it has no kernels for attention"]
     found: list[str] = module.reasons_against(call)
-    return found if name == "reference" else _transform_reasons() + found
+    return found if name == "reference" else transform_reasons() + found
 
 
 def choose(call: Call, backend: str = "auto") -> str:

@@ -38,8 +38,8 @@ KERNEL_OPTIONS = frozenset(
     }
 )
 
-# Panels of weights, kept as long as the weight's storage lives: what packed_weight's key says -> PackedWeight. Not by tensor: a
-# weak reference to a parameter keeps torch from swapping it (torch.utils.swap_tensors).
+# Panels of weights, kept as long as the weight's storage lives: what packed_weight's key says -> PackedWeight. Not by
+# tensor: a weak reference to a parameter keeps torch from swapping it (torch.utils.swap_tensors).
 _packed: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 

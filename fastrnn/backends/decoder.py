@@ -51,11 +51,18 @@ class DecoderCall:
         if native.load() is None:
             reasons.append(f"the compiled extension is not available ({native.load_error()})")
         reasons += place_reasons(self.x, tensors, "the CPU", self.x.is_cpu, DTYPES) + kernel_reasons(tensors)
+        if len({tensor.dtype for tensor in tensors.values()}) > 1:
+            reasons.append("tensors of several dtypes")
         if self.x.numel() == 0 or self.keys.numel() == 0 or self.h0.numel() == 0:
             reasons.append("an empty tensor")
         if self.x.shape[1] != self.keys.shape[0] and self._wants_gradients():
             reasons.append("gradients where several sequences share a memory")
         return reasons
+
+    def __str__(self) -> str:
+        (steps, batch, _), (layers, _, hidden) = self.x.shape, self.h0.shape
+        dtype = str(self.x.dtype).removeprefix("torch.")
+        return f"decoder loop, {layers} x {self.cell} of {hidden}, {batch}x{steps} steps, {dtype}"
 
     def _wants_gradients(self) -> bool:
         return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in self.inputs())
@@ -73,8 +80,8 @@ class _Loop:
     """A native call, and the tensors whose addresses it holds."""
 
     def __init__(self, cell: str, x: Tensor, h0: Tensor, keys: Tensor, attention: Inputs, dropout_mask: Any) -> None:
-        self.library: Any = native.load()
-        self.native = self.library.Decoder()
+        library: Any = native.load()
+        self.library, self.native = library, library.Decoder()
         self.cell, self.gates = cell, CELLS[cell.removesuffix("_reset_before")].gates
         self.steps, self.batch, self.fed = x.shape
         self.count, _, self.hidden = h0.shape
@@ -123,6 +130,37 @@ def _parts(flat: Tensor, steps: int, batch: int, sizes: Sequence[int]) -> list[T
     return [part.view(steps, batch, size) for part, size in zip(parts, sizes, strict=True)]
 
 
+def _sizes(x: Tensor, h0: Tensor, context_size: int) -> list[int]:
+    """Of what each layer sees at a step."""
+    return [x.shape[2] + context_size, *[h0.shape[2]] * (h0.shape[0] - 1)]
+
+
+def _new_outputs(
+    cell: str,
+    x: Tensor,
+    h0: Tensor,
+    context0: Tensor,
+    query_weight: Tensor | None,
+    keys: Tensor,
+    weights_shape: tuple[int, ...],
+    save: bool,
+) -> Outputs:
+    steps, batch, _ = x.shape
+    count, _, hidden = h0.shape
+    library: Any = native.load()
+    h = x.new_empty(count, steps + 1, batch, hidden, dtype=torch.float32)
+    saved = library.saved_sizes(CELL_INDEX[cell], 1, hidden, False, False)[0] if save else 0  # of a row
+    return (
+        h,
+        h.new_empty(h.shape if cell == "lstm" else 0),
+        h.new_empty(steps, batch, context0.shape[1]),
+        h.new_empty(weights_shape),
+        h.new_empty((steps, batch, keys.shape[2]) if query_weight is not None else 0),
+        h.new_empty(steps * batch * sum(_sizes(x, h0, context0.shape[1]))),
+        h.new_empty(count, steps * batch * saved),
+    )
+
+
 def forward(
     cell: str,
     x: Tensor,
@@ -147,29 +185,22 @@ def forward(
     query = keys.new_empty(keys.shape[0], x.shape[1] // keys.shape[0], keys.shape[2])
     arguments = (query, keys, values, v, None, None, factors, lengths, mask, False, scale, normalize)
     loop = _Loop(cell, x, h0, keys, Inputs(*arguments), dropout_mask)
-    steps, batch, hidden, count = loop.steps, loop.batch, loop.hidden, loop.count
+    steps, batch, count = loop.steps, loop.batch, loop.count
     lstm = cell == "lstm"
-    h = x.new_empty(count, steps + 1, batch, hidden, dtype=torch.float32)
+    outputs = _new_outputs(cell, x, h0, context0, query_weight, keys, loop.weights_shape, save)
+    h, c, contexts, weighting, queries, inputs, saved = outputs
     h[:, 0] = h0
-    c = h.new_empty(h.shape if lstm else 0)
     if c0 is not None:
         c[:, 0] = c0
-    sizes = [x.shape[2] + context0.shape[1], *[hidden] * (count - 1)]
-    inputs = h.new_empty(steps * batch * sum(sizes))
-    parts = _parts(inputs, steps, batch, sizes)
+    parts = _parts(inputs, steps, batch, _sizes(x, h0, context0.shape[1]))
     parts[0][..., : loop.fed] = x
     parts[0][0, :, loop.fed :] = context0
-    saved_size = loop.library.saved_sizes(CELL_INDEX[cell], steps * batch, hidden, False, False)[0] if save else 0
-    saved = h.new_empty(count, saved_size)
-    contexts = h.new_empty(steps, batch, context0.shape[1])
-    weighting = h.new_empty(loop.weights_shape)
-    queries = h.new_empty((steps, batch, keys.shape[2]) if query_weight is not None else 0)
     layers = []
     for index in range(count):
         layer = loop.layer(weights[4 * index :][:4], False, not save)
-        layer.x, layer.h, layer.c = (tensor.data_ptr() for tensor in (parts[index], h[index], c[index] if lstm else c))
+        layer.x, layer.h = parts[index].data_ptr(), h[index].data_ptr()
         layer.c = c[index].data_ptr() if lstm else 0
-        layer.saved = saved[index].data_ptr() if saved_size else 0
+        layer.saved = saved[index].data_ptr() if saved.numel() else 0
         if loop.dropout_mask is not None and index + 1 < count:
             layer.mask = loop.dropout_mask[index].data_ptr()
         layers.append(layer)
@@ -220,7 +251,7 @@ def backward(
     loop = _Loop(cell, x, h0, keys, attention, dropout_mask)
     steps, batch, hidden, count = loop.steps, loop.batch, loop.hidden, loop.count
     lstm = cell == "lstm"
-    sizes = [x.shape[2] + contexts.shape[2], *[hidden] * (count - 1)]
+    sizes = _sizes(x, h0, contexts.shape[2])
     parts = _parts(inputs, steps, batch, sizes)
     dinputs = torch.empty_like(inputs)
     dparts = _parts(dinputs, steps, batch, sizes)
@@ -258,8 +289,8 @@ def backward(
     loop.native.layers = layers
     loop.pack_query(query_weight, True, False)
     fields = {"query": queries, "context": contexts, "weights": weighting, "dcontext": dcontext, "dquery": dquery}
-    for name, tensor in fields.items():
-        setattr(loop.native, name, tensor.data_ptr())
+    for name, field in fields.items():
+        setattr(loop.native, name, field.data_ptr())
     loop.native.dweights = address(dweights)
     parts_of_v = None
     for at, name, tensor in ((5, "dkey", keys), (6, "dvalue", values)):
@@ -282,4 +313,44 @@ def backward(
     return [
         h.new_empty(0) if gradient is None or not need else gradient.to(x.dtype).contiguous()
         for gradient, need in zip(found, needs, strict=True)
+    ]
+
+
+def fake_forward(
+    cell: str,
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    context0: Tensor,
+    query_weight: Tensor | None,
+    keys: Tensor,
+    *rest: Any,
+) -> Outputs:
+    """Shapes and dtypes of `forward`, for tracing."""
+    shape = (x.shape[1], x.shape[0], keys.shape[1])
+    return _new_outputs(cell, x, h0, context0, query_weight, keys, shape, rest[-1])
+
+
+def fake_backward(
+    dh: Tensor | None,
+    dcontexts: Tensor | None,
+    dweights: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    cell: str,
+    x: Tensor,
+    h0: Tensor,
+    query_weight: Tensor | None,
+    keys: Tensor,
+    values: Tensor | None,
+    v: Tensor | None,
+    weights: Sequence[Tensor | None],
+    *rest: Any,
+) -> list[Tensor]:
+    """Shapes and dtypes of `backward`, for tracing."""
+    context0 = x.new_empty(x.shape[1], (keys if values is None else values).shape[2])
+    inputs = (x, h0, h0 if cell == "lstm" else None, context0, query_weight, keys, values, v, *weights)
+    return [
+        x.new_empty(tensor.shape) if need and tensor is not None else x.new_empty(0, dtype=torch.float32)
+        for tensor, need in zip(inputs, rest[-1], strict=True)
     ]

@@ -11,6 +11,7 @@ from fastrnn.nn.attention import (
     SelfAttention,
 )
 from fastrnn.nn.cells import GRUCell, LSTMCell, RNNCell
+from fastrnn.nn.decoder import AttentionDecoder, DecoderState
 from fastrnn.nn.rnn import GRU, LSTM, RNN
 from fastrnn.nn.tracing import allow_tracing
 
@@ -19,6 +20,8 @@ __all__ = [
     "LSTM",
     "RNN",
     "AdditiveAttention",
+    "AttentionDecoder",
+    "DecoderState",
     "DotAttention",
     "GRUCell",
     "GeneralAttention",

@@ -25,6 +25,15 @@ class PreparedMemory(NamedTuple):
     lengths: Tensor | None = None  # [B] int64
 
 
+class LoopTerms(NamedTuple):
+    """An attention module as the operator attention_decoder takes it."""
+
+    query_weight: Tensor | None  # [D, Dq]
+    v: Tensor | None
+    scale: float
+    normalize: str
+
+
 class Attention(torch.nn.Module):
     """Base of all attention modules."""
 
@@ -121,6 +130,10 @@ class MemoryAttention(Attention):
         self, query: Tensor, prepared: PreparedMemory, mask: Tensor | None, state: Any, need_weights: bool
     ) -> tuple[Tensor, Tensor | None, Any]:
         raise NotImplementedError
+
+    def _loop_terms(self, query_size: int) -> LoopTerms | None:
+        """What a decoder's loop in one operator call needs, or None where the module cannot be in one."""
+        return None
 
     def _refuse_state(self, state: Any) -> None:
         if state is not None:
@@ -247,6 +260,9 @@ class DotAttention(MemoryAttention):
         )
         return context, weights, None
 
+    def _loop_terms(self, query_size: int) -> LoopTerms | None:
+        return LoopTerms(None, None, 1 / math.sqrt(query_size) if self.scaled else 1.0, self.normalize)
+
 
 class GeneralAttention(MemoryAttention):
     """e_ts = q_t W h_s, weights softmax_s e_ts, c_t = sum_s a_ts h_s (Luong et al. 2015, arXiv 1508.04025).
@@ -293,6 +309,9 @@ class GeneralAttention(MemoryAttention):
             backend=self.backend,
         )
         return context, weights, None
+
+    def _loop_terms(self, query_size: int) -> LoopTerms | None:
+        return LoopTerms(self.weight.T, None, 1.0, "softmax")
 
 
 class _AdditiveScore(MemoryAttention):
@@ -476,6 +495,9 @@ class AdditiveAttention(_AdditiveScore):
 
     def _score_vector(self) -> Tensor:
         return self.v if self.g is None else self.g * self.v / torch.linalg.vector_norm(self.v)
+
+    def _loop_terms(self, query_size: int) -> LoopTerms | None:
+        return None if self.coverage else LoopTerms(self.query_weight, self._score_vector(), 1.0, "softmax")
 
     def _features(self, state: Tensor) -> Tensor:
         return state.unsqueeze(-1)

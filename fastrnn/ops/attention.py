@@ -102,7 +102,7 @@ def attention(
     call = AttentionCall(
         query,
         keys,
-        values,
+        None if values is keys else values,
         v,
         features,
         feature_weight,
@@ -234,6 +234,10 @@ def run_on(call: AttentionCall, picked: str) -> Result:
         context, weights = reference.run(call)
         return context, weights if call.need_weights else None
     device = call.query.device.type
+    if torch.compiler.is_compiling():
+        call.keys = call.keys.view_as(
+            call.keys
+        )  # TorchDynamo does not take the query twice, as self-attention gives it
     inputs: tuple[Tensor | None, ...] = call.inputs()
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
