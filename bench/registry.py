@@ -162,6 +162,84 @@ def all_cases() -> list[Case]:
     return plain_cases() + variant_cases()
 
 
+@dataclass(frozen=True)
+class AttentionCase:
+    """One row of attention's results, in fp32: a step of decoding, training, or a decoder's whole loop.
+
+    modes: "weights" of a step, without the context; "step"; "training", forward and backward to every input; "loop",
+    that of an LSTM decoder with teacher forcing, I = H = D; "self", forward.
+    """
+
+    title: str  # as the report calls it
+    id: str
+    score: str
+    mode: str
+    memories: int  # B
+    keys: int  # Tk
+    size: int  # D, and of the values
+    queries: int = 1  # Tq, of the loop its steps T
+    beams: int = 1  # queries that share a memory
+    factors: bool = False  # e^{2k} was prepared
+    heads: int = 1
+    baseline: None = None
+    eps: float = torch.finfo(torch.float32).eps
+
+    @property
+    def bound(self) -> str:
+        """A step is bound by reading keys and values, everything else by what it computes, in no simple unit."""
+        return "weights" if self.mode in ("weights", "step") else "latency"
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of keys and values that are read, once where they are the same tensor."""
+        matrices = 2 if self.mode == "step" and self.score == "additive" else 1
+        return 4 * matrices * self.memories * self.keys * self.size
+
+    streamed_bytes = weight_bytes
+
+
+_DECODE = {"memories": 80, "keys": 50, "size": 1000}
+_BEAMS = {"memories": 16, "keys": 50, "size": 1000, "beams": 5}
+_TRAINING = {"memories": 16, "queries": 50, "keys": 50, "size": 512}
+ATTENTION_CASES = [
+    AttentionCase(
+        "additive weights, keys prepared", "attention-weights-factors", "additive", "weights", **_DECODE, factors=True
+    ),
+    AttentionCase("additive weights, tanh itself", "attention-weights-tanh", "additive", "weights", **_DECODE),
+    AttentionCase(
+        "additive step, keys prepared", "attention-step-additive", "additive", "step", **_DECODE, factors=True
+    ),
+    AttentionCase("dot step", "attention-step-dot", "dot", "step", **_DECODE),
+    AttentionCase("general step", "attention-step-general", "general", "step", **_DECODE),
+    AttentionCase("additive step, 5 beams", "attention-beams-additive", "additive", "step", **_BEAMS, factors=True),
+    AttentionCase("dot step, 5 beams", "attention-beams-dot", "dot", "step", **_BEAMS),
+    AttentionCase("location step", "attention-step-location", "location", "step", memories=32, keys=200, size=128),
+    AttentionCase("additive training", "attention-training-additive", "additive", "training", **_TRAINING),
+    AttentionCase("dot training", "attention-training-dot", "dot", "training", **_TRAINING),
+    AttentionCase(
+        "self-attention, 8 heads",
+        "attention-self",
+        "scaled_dot",
+        "self",
+        memories=8,
+        queries=256,
+        keys=256,
+        size=512,
+        heads=8,
+    ),
+    AttentionCase(
+        "LSTM decoder, additive, whole loop, training",
+        "attention-loop",
+        "additive",
+        "loop",
+        memories=32,
+        queries=40,
+        keys=40,
+        size=512,
+    ),
+]
+
+
 def chosen(cases: Sequence[Case]) -> list[Case]:
     """These cases, or those of the shapes in FASTRNN_BENCH_SHAPES=a,c; ValueError where it names an unknown shape."""
     shapes = os.environ.get("FASTRNN_BENCH_SHAPES")

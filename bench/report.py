@@ -19,12 +19,14 @@ from bench import results
 from bench.gpu import report as gpu
 from bench.machine import ROOT
 from bench.registry import (
+    ATTENTION_CASES,
     DTYPES,
     GATES,
     SHAPES,
     STEP_SHAPES,
     VARIANT_SHAPE,
     VARIANTS,
+    AttentionCase,
     Case,
     all_cases,
     plain_cases,
@@ -38,6 +40,7 @@ VARIANTS_PAGE = ROOT / "docs" / "variants.md"
 REPORT = ROOT / "bench" / "report"
 NAMES = {
     "plain": "plain cell",
+    "tiled": "tiled memory",
     "fp32": "fastrnn fp32",
     "torch": "torch.nn",
     "onnxruntime": "ONNX Runtime",
@@ -150,6 +153,28 @@ def step_table(rows: dict[str, Row], dtype: str) -> str | None:
     )
 
 
+def attention_table(rows: dict[str, Row]) -> str | None:
+    """Attention: our median, torch's operators and the tiled memory over it, and the share of the reading bandwidth."""
+    lines = [(case, rows[case.id]) for case in ATTENTION_CASES if case.id in rows]
+    if not lines:
+        return None
+    header = [
+        "attention, fp32; B × beams, Tq, Tk, D",
+        "ms",
+        "torch's operators ×",
+        "tiled memory ×",
+        "GB/s",
+        "of limit",
+    ]
+    body = []
+    for case, row in lines:
+        batch = f"{case.memories} × {case.beams}" if case.beams > 1 else f"{case.memories}"
+        label = f"{case.title}{_backend([row])} {batch}, {case.queries}, {case.keys}, {case.size}"
+        rate = f"{row['gbytes']:.0f}" if "gbytes" in row else "–"
+        body.append([label, *_times(row, ["torch", "tiled"]), rate, _fraction(row)])
+    return markdown(header, body)
+
+
 def provenance(data: dict[str, Any]) -> str:
     """Device, instruction set, versions, commits and dates of all rows of one machine."""
     newest = data["runs"][max(data["runs"])]
@@ -161,7 +186,7 @@ def provenance(data: dict[str, Any]) -> str:
     return f"{device}; {packages}; measured at {', '.join(commits)}.{warning}"
 
 
-def _of(data: dict[str, Any], cases: Iterable[Case]) -> dict[str, Any]:
+def _of(data: dict[str, Any], cases: Iterable[Case | AttentionCase]) -> dict[str, Any]:
     """The results of these cases only."""
     rows = {case.id: data["rows"][case.id] for case in cases if case.id in data["rows"]}
     used = {row["run"] for row in rows.values()}
@@ -179,8 +204,12 @@ def _tables(files: Sequence[dict[str, Any]], cases: Sequence[Case], makers: Sequ
 
 def readme_table(files: Sequence[dict[str, Any]]) -> str:
     """What stands between README.md's markers."""
-    of_cpus = _tables([data for data in files if not gpu.is_gpu(data)], plain_cases(), [sequence_table, step_table])
-    return "\n\n".join([of_cpus, *(gpu.summary(data) for data in files if gpu.is_gpu(data))])
+    cpus = [data for data in files if not gpu.is_gpu(data)]
+    parts = [_tables(cpus, plain_cases(), [sequence_table, step_table])]
+    for data in (_of(data, ATTENTION_CASES) for data in cpus):
+        if table := attention_table(data["rows"]):
+            parts += [provenance(data), table]
+    return "\n\n".join([*parts, *(gpu.summary(data) for data in files if gpu.is_gpu(data))])
 
 
 def variants_page_table(files: Sequence[dict[str, Any]]) -> str:

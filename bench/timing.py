@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from bench.check import Entries
-from bench.registry import Case
+from bench.registry import AttentionCase, Case
 
 Call = Callable[[], Any]
 
@@ -109,7 +109,7 @@ def figures(times: Mapping[str, list[float]], entries: Entries) -> dict[str, Any
 
 
 def make_row(
-    case: Case,
+    case: Case | AttentionCase,
     times: Mapping[str, list[float]],  # seconds per call, one figure per round
     rates: Mapping[str, list[float]],
     entries: Entries,
@@ -118,9 +118,9 @@ def make_row(
     """One row of the results file: medians in milliseconds, ratios of medians, the rate and the machine's limit."""
     ours = statistics.median(times["fastrnn"])
     row = figures(times, entries) | {"neighbours": None if neighbours is None else round(neighbours, 3)}
-    work = {"arithmetic": ("gflops", case.flops), "weights": ("gbytes", case.streamed_bytes)}
-    if case.bound in work:
-        unit, amount = work[case.bound]
+    if case.bound in ("arithmetic", "weights"):
+        arithmetic = isinstance(case, Case) and case.bound == "arithmetic"
+        unit, amount = ("gflops", case.flops) if arithmetic else ("gbytes", case.streamed_bytes)
         rate = amount / ours / 1e9
         row[unit] = digits(rate)
         if unit in rates:
