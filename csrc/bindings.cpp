@@ -293,13 +293,14 @@ Matrices matrices(const Place& place) {
 // Batch, queries, keys, size, value size, channels.
 using AttentionSizes = std::array<int64_t, 6>;
 
-AttentionInputs attention_inputs(const AttentionSizes& sizes, const Place& query, const Place& key, const Place& value,
-                                 uintptr_t v, uintptr_t features, uintptr_t feature_weight, const Place& factors,
-                                 uintptr_t lengths, uintptr_t mask, const std::array<int64_t, 3>& mask_strides,
-                                 bool causal, bool softmax, float scale) {
+AttentionInputs attention_inputs(int number, const AttentionSizes& sizes, const Place& query, const Place& key,
+                                 const Place& value, uintptr_t v, uintptr_t features, uintptr_t feature_weight,
+                                 const Place& factors, uintptr_t lengths, uintptr_t mask,
+                                 const std::array<int64_t, 3>& mask_strides, bool causal, bool softmax, float scale) {
   const auto [batch, queries, keys, size, value_size, channels] = sizes;
   const auto [mask_b, mask_row, mask_key] = mask_strides;
-  return {batch,
+  return {static_cast<Number>(number),
+          batch,
           queries,
           keys,
           size,

@@ -13,7 +13,12 @@ struct Matrices {
   const float* at(int64_t b, int64_t row) const { return data + b * stride_b + row * stride_row; }
 };
 
+// What queries, keys and values are in memory. Those of 16 bits are for the forward pass; a Matrices of them has their
+// address, and strides in elements, all the same.
+enum class Number { float32, bfloat16, float16 };
+
 struct AttentionInputs {
+  Number number;
   int64_t batch, queries, keys, size, value_size, channels;
   Matrices query, key, value;          // [B, Tq, D], [B, Tk, D], [B, Tk, Dv]
   const float* v;                      // [D], of the additive score; null: the inner product

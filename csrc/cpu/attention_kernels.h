@@ -329,20 +329,70 @@ inline float sum_of(const float* v, int64_t size) {
   return sum;
 }
 
+inline float widened(uint16_t value, Number number) {
+  uint32_t bits = static_cast<uint32_t>(value) << 16;
+  float result;
+  if (number == Number::bfloat16) {
+    __builtin_memcpy(&result, &bits, sizeof result);
+    return result;
+  }
+  // The exponent's bias is 15 and not 127, subnormal numbers included; infinity and NaN keep the largest exponent.
+  const uint32_t magnitude = (value & 0x7fffu) << 13;
+  __builtin_memcpy(&result, &magnitude, sizeof result);
+  result *= 0x1p112f;
+  __builtin_memcpy(&bits, &result, sizeof bits);
+  bits |= (magnitude >= 0x0f800000u ? 0x7f800000u : 0u) | (value & 0x8000u) << 16;
+  __builtin_memcpy(&result, &bits, sizeof result);
+  return result;
+}
+
+// Rows [first, last) of a memory as floats in `to`, and these in its place.
+inline void widen(Number number, Matrices& from, int64_t b, int64_t first, int64_t last, int64_t size, float* to) {
+  const uint16_t* memory = reinterpret_cast<const uint16_t*>(from.data) + b * from.stride_b;
+  for (int64_t row = first; row < last; ++row) {
+    const uint16_t* numbers = memory + row * from.stride_row;
+    if (number == Number::bfloat16) {
+      for (int64_t i = 0; i < size; ++i) to[row * size + i] = widened(numbers[i], Number::bfloat16);
+    } else {
+      for (int64_t i = 0; i < size; ++i) to[row * size + i] = widened(numbers[i], Number::float16);
+    }
+  }
+  from = {to, 0, size};
+}
+
 void attention_forward(const AttentionForward& call, int threads) {
-  const AttentionInputs& in = call.in;
-  const int64_t ld = vectors_of(in.size);
+  const int64_t ld = vectors_of(call.in.size);
   // Factors pay where each serves two pairs, or is there already. Without a softmax scores need tanh's relative
   // accuracy.
-  const bool factored = in.v && in.softmax && !in.features && (in.factors.data || in.queries > 1);
-  const int64_t query_floats = factored ? in.queries * ld : 0;
-  const int64_t key_floats = in.features ? (kLanes + 1) * ld : factored && !in.factors.data ? kLanes * ld : 0;
-  const AttentionDeal deal(in, in.batch * in.queries * in.keys * (in.size + in.value_size), true, threads);
-  const Scratch scratch(deal.slots * (query_floats + key_floats) + in.channels * in.size);
+  const bool factored =
+      call.in.v && call.in.softmax && !call.in.features && (call.in.factors.data || call.in.queries > 1);
+  const int64_t query_floats = factored ? call.in.queries * ld : 0;
+  const int64_t key_floats = call.in.features ? (kLanes + 1) * ld : factored && !call.in.factors.data ? kLanes * ld : 0;
+  const AttentionDeal deal(
+      call.in, call.in.batch * call.in.queries * call.in.keys * (call.in.size + call.in.value_size), true, threads);
+  const Scratch scratch(deal.slots * (query_floats + key_floats) + call.in.channels * call.in.size);
   float* transposed = scratch.data() + deal.slots * (query_floats + key_floats);
-  if (in.features) transpose_features(in, transposed);
+  if (call.in.features) transpose_features(call.in, transposed);
+  // One memory's queries, keys and values as floats, for each thread or, where they share it, for all.
+  const bool wide = call.in.number == Number::float32, own_values = call.in.value.data != call.in.key.data;
+  const int64_t widened_floats =
+      wide ? 0 : (call.in.queries + call.in.keys) * call.in.size + (own_values ? call.in.keys * call.in.value_size : 0);
+  const Scratch floats((deal.shared ? call.in.batch : deal.slots) * widened_floats);
 
   deal_attention(deal, [&](int64_t b, const Part& part, int64_t slot) {
+    AttentionInputs in = call.in;
+    if (!wide) {
+      float* to = floats.data() + (deal.shared ? b : slot) * widened_floats;
+      const int64_t first = part.first(in.keys, 1), last = part.last(in.keys, 1);
+      widen(in.number, in.query, b, part.first(in.queries, 1), part.last(in.queries, 1), in.size, to);
+      widen(in.number, in.key, b, first, last, in.size, to + in.queries * in.size);
+      if (own_values) {
+        widen(in.number, in.value, b, first, last, in.value_size, to + (in.queries + in.keys) * in.size);
+      } else {
+        in.value = in.key;
+      }
+      part.wait();
+    }
     float* query_factors = scratch.data() + slot * (query_floats + key_floats);
     float* block = query_factors + query_floats;
     float* weights = call.weights + b * call.weights_b;

@@ -50,7 +50,7 @@ class DecoderCall:
         reasons = []
         if native.load() is None:
             reasons.append(f"the compiled extension is not available ({native.load_error()})")
-        reasons += place_reasons(self.x, tensors, "the CPU", self.x.is_cpu, DTYPES) + kernel_reasons(tensors)
+        reasons += place_reasons(self.x, tensors, "the CPU", self.x.is_cpu, tuple(DTYPES)) + kernel_reasons(tensors)
         if len({tensor.dtype for tensor in tensors.values()}) > 1:
             reasons.append("tensors of several dtypes")
         if self.x.numel() == 0 or self.keys.numel() == 0 or self.h0.numel() == 0:

@@ -85,6 +85,16 @@ def test_sixteen_bits(score: str, dtype: torch.dtype) -> None:
     assert context.dtype == dtype and weights is not None and weights.dtype == dtype
 
 
+@needs_isa
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_number_of_sixteen_bits_is_read(dtype: torch.dtype) -> None:
+    values = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).view(-1, 1, 1)
+    nothing = torch.zeros_like(values).nan_to_num()
+    context = attention(nothing, nothing, values, backend="cpu")[0]
+    assert torch.equal(context.nan_to_num(7.0), values.nan_to_num(7.0))
+    assert torch.equal(context.isnan(), values.isnan()) and torch.equal(context.isinf(), values.isinf())
+
+
 def test_factors_out_of_range() -> None:
     keys = torch.tensor([[[-60.0, 0.5], [50.0, 1.0], [29.0, 0.0]]])
     query = torch.tensor([[[60.1, 0.2], [-30.0, 0.1], [-49.5, 3.0]]])

@@ -11,8 +11,9 @@ from fastrnn.backends import native
 from fastrnn.backends.attention.call import AttentionCall
 from fastrnn.backends.tensors import address, with_unit_stride
 
-# Those of 16 bits are converted and computed in float32.
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Number of csrc/cpu/attention.h. Those of 16 bits are computed in float32: the forward pass converts them memory by
+# memory, for the backward pass they are converted first.
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _ABSENT = (0, 0, 0)
 
@@ -21,7 +22,7 @@ def reasons_against(call: AttentionCall) -> list[str]:
     reasons = []
     if native.load() is None:
         reasons.append(f"the compiled extension is not available ({native.load_error()})")
-    reasons += call.reasons_against_place("the CPU", call.query.is_cpu, DTYPES)
+    reasons += call.reasons_against_place("the CPU", call.query.is_cpu, tuple(DTYPES))
     return reasons + call.reasons_against_kernels()
 
 
@@ -39,7 +40,7 @@ def _whole(tensor: Tensor | None) -> Tensor | None:
 
 
 class Inputs:
-    """The inputs of a call as the kernels take them, kept alive."""
+    """The inputs of a call as the kernels take them, kept alive. `widen`: query, keys and values as float32."""
 
     def __init__(
         self,
@@ -55,9 +56,11 @@ class Inputs:
         causal: bool,
         scale: float,
         normalize: str,
+        widen: bool = True,
     ) -> None:
-        self.query, self.keys = with_unit_stride(query.float()), with_unit_stride(keys.float())
-        self.values = self.keys if values is None else with_unit_stride(values.float())
+        dtype = torch.float32 if widen else query.dtype
+        self.query, self.keys = with_unit_stride(query.to(dtype)), with_unit_stride(keys.to(dtype))
+        self.values = self.keys if values is None else with_unit_stride(values.to(dtype))
         self.whole = tuple(map(_whole, (v, features, feature_weight)))
         self.factors = None if factors is None else with_unit_stride(factors)
         self.lengths = None if lengths is None else lengths.contiguous()
@@ -68,6 +71,7 @@ class Inputs:
         if mask is not None and mask.shape[1] == 1:
             strides = (strides[0], 0, strides[2])
         self.native = native.load().AttentionInputs(  # type: ignore[union-attr]
+            DTYPES[dtype],
             (*self.sizes, 0 if feature_weight is None else feature_weight.shape[-1]),
             _place(self.query),
             _place(self.keys),
@@ -85,10 +89,10 @@ class Inputs:
 
 def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     """Context [B, Tq, Dv] in the query's dtype and weights [B, Tq, Tk] in float32. Arguments: those of Inputs."""
-    inputs = Inputs(*arguments)
+    inputs = Inputs(*arguments, False)
     batch, queries, keys, _, value_size = inputs.sizes
-    context = inputs.query.new_empty(batch, queries, value_size)
-    weights = inputs.query.new_empty(batch, queries, keys)
+    context = inputs.query.new_empty(batch, queries, value_size, dtype=torch.float32)
+    weights = context.new_empty(batch, queries, keys)
     launch(inputs, context, weights)
     return context.to(arguments[0].dtype), weights
 
