@@ -2,11 +2,11 @@
 
 from importlib import metadata
 
-from fastrnn import nn
+from fastrnn import nn, plot
 from fastrnn.convert import accelerate, restore
 from fastrnn.explain import explain
 
-__all__ = ["accelerate", "explain", "nn", "restore"]
+__all__ = ["accelerate", "explain", "nn", "plot", "restore"]
 
 try:
     __version__ = metadata.version("fastrnn")

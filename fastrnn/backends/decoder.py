@@ -184,7 +184,7 @@ def forward(
     with `save`: queries, inputs of the layers and saved activations. All in float32."""
     query = keys.new_empty(keys.shape[0], x.shape[1] // keys.shape[0], keys.shape[2])
     arguments = (query, keys, values, v, None, None, factors, lengths, mask, False, scale, normalize)
-    loop = _Loop(cell, x, h0, keys, Inputs(*arguments), dropout_mask)
+    loop = _Loop(cell, x, h0, keys, Inputs(True, *arguments), dropout_mask)
     steps, batch, count = loop.steps, loop.batch, loop.count
     lstm = cell == "lstm"
     outputs = _new_outputs(cell, x, h0, context0, query_weight, keys, loop.weights_shape, save)
@@ -247,7 +247,7 @@ def backward(
     dh [T, N, H]: of the top layer's states; dcontexts, dweights, dh_n, dc_n: of the loop's other results.
     """
     query = keys.new_empty(keys.shape[0], 1, keys.shape[2])
-    attention = Inputs(query, keys, values, v, None, None, factors, lengths, mask, False, scale, normalize)
+    attention = Inputs(True, query, keys, values, v, None, None, factors, lengths, mask, False, scale, normalize)
     loop = _Loop(cell, x, h0, keys, attention, dropout_mask)
     steps, batch, hidden, count = loop.steps, loop.batch, loop.hidden, loop.count
     lstm = cell == "lstm"

@@ -44,6 +44,7 @@ class Inputs:
 
     def __init__(
         self,
+        widen: bool,
         query: Tensor,
         keys: Tensor,
         values: Tensor | None,
@@ -56,7 +57,6 @@ class Inputs:
         causal: bool,
         scale: float,
         normalize: str,
-        widen: bool = True,
     ) -> None:
         dtype = torch.float32 if widen else query.dtype
         self.query, self.keys = with_unit_stride(query.to(dtype)), with_unit_stride(keys.to(dtype))
@@ -89,7 +89,7 @@ class Inputs:
 
 def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     """Context [B, Tq, Dv] in the query's dtype and weights [B, Tq, Tk] in float32. Arguments: those of Inputs."""
-    inputs = Inputs(*arguments, False)
+    inputs = Inputs(False, *arguments)
     batch, queries, keys, _, value_size = inputs.sizes
     context = inputs.query.new_empty(batch, queries, value_size, dtype=torch.float32)
     weights = context.new_empty(batch, queries, keys)
@@ -109,7 +109,7 @@ def backward(dcontext: Tensor | None, dweights: Tensor | None, *arguments: Any) 
     Arguments: the tensors of Inputs, the weights, the rest of Inputs, needs.
     """
     tensors, weights, needs = arguments[:9], arguments[9], arguments[-1]
-    inputs = Inputs(*tensors, *arguments[10:-1])
+    inputs = Inputs(True, *tensors, *arguments[10:-1])
     query, values = tensors[0], tensors[2]
     batch = query.shape[0]
     if dcontext is None and dweights is None:
