@@ -613,5 +613,13 @@ PYBIND11_MODULE(_C, m) {
   py::class_<AttentionInputs>(m, "AttentionInputs").def(py::init(&attention_inputs));
   m.def("attention_forward", &attention_forward);
   m.def("attention_backward", &attention_backward);
+  m.def("top_k_log_softmax", [](int number, int64_t groups, int64_t group_size, int64_t vocabulary, int64_t k,
+                                uintptr_t logits, int64_t stride, uintptr_t scores, uintptr_t values, uintptr_t indices,
+                                int threads) {
+    const TopK call{static_cast<Number>(number), groups, group_size,      vocabulary,      k,
+                    pointer<const void>(logits), stride, pointer(scores), pointer(values), pointer<int64_t>(indices)};
+    py::gil_scoped_release release;
+    top_k_kernel()(call, team_size(threads));
+  });
   bind_decoder(m);
 }

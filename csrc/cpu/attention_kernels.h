@@ -49,13 +49,6 @@ inline __attribute__((always_inline)) Vec reciprocal(Vec d) {
 #endif
 }
 
-inline bool any_nan(Vec v) {
-  const VecInt differs = v != v;
-  int32_t any = 0;
-  for (int i = 0; i < kLanes; ++i) any |= differs[i];
-  return any;
-}
-
 // What a pair of elements adds to a score. kGroup: accumulators in flight, few where each needs many registers.
 struct ProductTerm {
   static constexpr int kGroup = kLanes;

@@ -56,6 +56,14 @@ const AttentionKernels& attention_kernels() {
   return attention_portable();
 }
 
+TopKKernel top_k_kernel() {
+#ifdef FASTRNN_X86
+  if (&kernels() == &kernels_avx512()) return top_k_avx512;
+  if (&kernels() == &kernels_avx2()) return top_k_avx2;
+#endif
+  return top_k_portable;
+}
+
 void use_isa(const std::string& name) {
   for (const Kernels* kernels : available())
     if (name == kernels->isa) {

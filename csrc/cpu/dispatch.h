@@ -6,6 +6,7 @@
 
 #include "cpu/attention.h"
 #include "cpu/recurrence.h"
+#include "cpu/top_k.h"
 
 namespace fastrnn::cpu {
 
@@ -19,6 +20,8 @@ const Kernels& kernels();
 const Kernels* kernels_bf16();
 
 const AttentionKernels& attention_kernels();
+
+TopKKernel top_k_kernel();
 
 // Throws std::invalid_argument for a name that is not available.
 void use_isa(const std::string& name);

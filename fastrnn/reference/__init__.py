@@ -4,6 +4,7 @@ from fastrnn.reference.attention import attended_keys, attention, attention_scor
 from fastrnn.reference.decoder import LayerWeights, attention_decoder
 from fastrnn.reference.dropout import dropout, keep_scale
 from fastrnn.reference.recurrence import CELLS, Cell, layer_norm, recurrence, zoneout_mask
+from fastrnn.reference.top_k import top_k_log_softmax
 
 __all__ = [
     "CELLS",
@@ -17,5 +18,6 @@ __all__ = [
     "keep_scale",
     "layer_norm",
     "recurrence",
+    "top_k_log_softmax",
     "zoneout_mask",
 ]

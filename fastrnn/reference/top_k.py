@@ -1,0 +1,42 @@
+"""The k best continuations of groups of rows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def top_k_log_softmax(
+    logits: Tensor,  # [G * K, V]
+    k: int,
+    scores: Tensor | None = None,  # [G * K]
+    group_size: int = 1,  # K
+) -> tuple[Tensor, Tensor]:
+    """The k largest of scores_r + log softmax(logits_r)_v in each group of K rows, best first: values and indices
+    r V + v within the group [G, k].
+
+    In at least float32. Within a row by the logits themselves, so that rounding leaves no ties but theirs; equal
+    ones by the lowest index. A logit of -inf gives -inf whatever the others are, and in a row with NaN every value is
+    NaN, which comes last.
+    """
+    rows, vocabulary = logits.shape
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    kept = min(k, vocabulary)
+    broken = logits.isnan()
+    # NaN after everything else: -inf with two sorts, the stable one by what is NaN last.
+    order = torch.sort(logits.masked_fill(broken, -torch.inf), dim=-1, descending=True, stable=True).indices
+    order = order.gather(1, torch.sort(broken.gather(1, order).to(torch.uint8), dim=-1, stable=True).indices)
+    tokens = order[:, :kept]
+    best = logits.gather(1, tokens)
+    values = best - torch.logsumexp(logits, -1, keepdim=True)
+    if scores is not None:
+        values = values + scores.to(values.dtype)[:, None]
+    values = torch.where((best == -torch.inf) & ~broken.any(1, keepdim=True), best, values)
+    indices = tokens + (torch.arange(rows, device=logits.device) % group_size * vocabulary)[:, None]
+    values, indices = (found.reshape(-1, group_size * kept) for found in (values, indices))
+    order = torch.sort(indices, dim=-1, stable=True).indices
+    values, indices = values.gather(1, order), indices.gather(1, order)
+    broken = values.isnan()
+    order = torch.sort(values.masked_fill(broken, -torch.inf), dim=-1, descending=True, stable=True).indices
+    order = order.gather(1, torch.sort(broken.gather(1, order).to(torch.uint8), dim=-1, stable=True).indices)[:, :k]
+    return values.gather(1, order), indices.gather(1, order)
