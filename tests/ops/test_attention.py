@@ -5,20 +5,136 @@ from __future__ import annotations
 import resource
 import subprocess
 import sys
+from dataclasses import dataclass, fields
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from fastrnn import backends, reference
 from fastrnn.ops import attention, key_factors
-from tests.ops.attention_case import SCORES, SEEN, AttentionCase, assert_accurate, attention_cases
+from tests.accuracy import assert_as_accurate_over
 from tests.ops.case import LIBRARY, using_isa
 
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason="no compiled extension")
 needs_isa = pytest.mark.usefixtures("isa")
+
+
+SCORES = ("dot", "scaled_dot", "general", "additive", "location")
+SEEN = ("all", "lengths", "mask", "mask_per_query", "causal")
+
+
+@dataclass(frozen=True)
+class OperatorCase:
+    """A call as users make it, with beams and projections, but for its numbers, which `draw` gives."""
+
+    score: str = "dot"
+    memories: int = 2
+    beams: int = 1  # batches of queries that share a memory
+    queries: int = 3
+    keys: int = 5
+    size: int = 7
+    value_size: int | None = 6  # None: the values are the keys
+    channels: int = 3
+    normalize: str = "softmax"
+    seen: str = "all"
+    factors: bool = False
+    spread: float = 1.0  # of what tanh is taken of
+    strided: bool = False
+    dtype: torch.dtype = torch.float32
+
+    def __str__(self) -> str:
+        return "-".join(
+            f"{field.name}={getattr(self, field.name)}"
+            for field in fields(self)
+            if getattr(self, field.name) != field.default
+        )
+
+    def draw(self, seed: int = 0) -> tuple[dict[str, Tensor], dict[str, Any], tuple[Tensor, Tensor]]:
+        """Tensors, options, and gradients of context and weights."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(*shape: int, scale: float = 1.0) -> Tensor:
+            drawn = (scale * torch.randn(shape, generator=generator)).to(self.dtype)
+            return torch.stack([drawn, drawn], -1)[..., 0] if self.strided else drawn
+
+        batch = self.memories * self.beams
+        queries = self.keys if self.seen == "causal" else self.queries
+        additive = self.score in ("additive", "location")
+        spread = self.spread if additive else 1.0
+        tensors = {
+            "query": normal(batch, queries, self.size, scale=spread),
+            "keys": normal(self.memories, self.keys, self.size, scale=spread),
+        }
+        if self.value_size is not None:
+            tensors["values"] = normal(self.memories, self.keys, self.value_size)
+        if self.score == "general":
+            tensors["weight"] = normal(self.size, self.size, scale=self.size**-0.5)
+        if additive:
+            tensors["v"] = normal(self.size, scale=self.size**-0.5)
+        if self.score == "location":
+            tensors["features"] = normal(batch, queries, self.keys, self.channels)
+            tensors["feature_weight"] = normal(self.size, self.channels, scale=spread)
+        options: dict[str, Any] = {"score": self.score, "normalize": self.normalize}
+        # Not by the seed, so that all draws leave out the same keys.
+        where = torch.Generator().manual_seed(1)
+        if self.seen == "lengths":
+            options["lengths"] = torch.randint(0, self.keys + 1, (self.memories,), generator=where)
+        elif self.seen == "mask":
+            options["mask"] = torch.rand(self.memories, self.keys, generator=where) < 0.6
+        elif self.seen == "mask_per_query":
+            options["mask"] = torch.rand(batch, queries, self.keys, generator=where) < 0.6
+        elif self.seen == "causal":
+            options["causal"] = True
+        width = self.size if self.value_size is None else self.value_size
+        return tensors, options, (normal(batch, queries, width), normal(batch, queries, self.keys))
+
+    def run(self, backend: str, dtype: torch.dtype | None = None, seed: int = 0) -> dict[str, Tensor]:
+        """Context, weights and the gradients of all tensors, in this dtype, of the same numbers."""
+        tensors, options, gradients = self.draw(seed)
+        dtype = dtype or self.dtype
+        leaves = {name: tensor.detach().to(dtype).requires_grad_() for name, tensor in tensors.items()}
+        if self.factors and dtype is not torch.float64:
+            options["factors"] = key_factors(leaves["keys"])
+        results = attention(**leaves, **options, backend=backend)
+        torch.autograd.backward(results, [gradient.to(dtype) for gradient in gradients])
+        found = {"context": results[0].detach(), "weights": results[1].detach()}
+        return found | {name: leaf.grad for name, leaf in leaves.items()}
+
+
+def assert_accurate(case: OperatorCase, backend: str, draws: int = 5) -> None:
+    """The back end's results and gradients against fp64, by the error that the reference has in the same dtype."""
+    assert_as_accurate_over(
+        [
+            (case.run(backend, seed=seed), case.run("reference", seed=seed), case.run("reference", torch.float64, seed))
+            for seed in range(draws)
+        ]
+    )
+
+
+@st.composite
+def operator_cases(draw: Any) -> OperatorCase:
+    score = draw(st.sampled_from(SCORES))
+    seen = draw(st.sampled_from(SEEN))
+    return OperatorCase(
+        score,
+        memories=draw(st.integers(1, 5)),
+        beams=1 if seen == "causal" else draw(st.integers(1, 3)),
+        queries=draw(st.integers(1, 9)),
+        keys=draw(st.integers(1, 40)),
+        size=draw(st.integers(1, 40)),
+        value_size=draw(st.one_of(st.none(), st.integers(1, 40))),
+        channels=draw(st.integers(1, 5)),
+        normalize=draw(st.sampled_from(("softmax", "length"))),
+        seen=seen,
+        factors=score == "additive" and draw(st.booleans()),
+        spread=draw(st.sampled_from((0.1, 1.0, 30.0))),
+        strided=draw(st.booleans()),
+        dtype=draw(st.sampled_from((torch.float32, torch.bfloat16, torch.float16))),
+    )
 
 
 def additive(memories: int, queries: int, keys: int, size: int, value_size: int, **tensors: Any) -> dict[str, Any]:
@@ -39,33 +155,33 @@ def additive(memories: int, queries: int, keys: int, size: int, value_size: int,
 @pytest.mark.parametrize("normalize", ["softmax", "length"])
 @pytest.mark.parametrize("score", SCORES)
 def test_scores(score: str, normalize: str, seen: str) -> None:
-    assert_accurate(AttentionCase(score, normalize=normalize, seen=seen, keys=19, size=21, value_size=37), "cpu")
+    assert_accurate(OperatorCase(score, normalize=normalize, seen=seen, keys=19, size=21, value_size=37), "cpu")
 
 
 @needs_isa
 @pytest.mark.parametrize(
     "case",
     [
-        AttentionCase(memories=1, queries=1, keys=1, size=1, value_size=1),
-        AttentionCase(memories=3, beams=5, queries=1, keys=129, size=129, value_size=None),
-        AttentionCase("additive", memories=1, queries=1, keys=129, size=33),
-        AttentionCase("additive", memories=1, queries=7, keys=129, size=33, factors=True, seen="lengths"),
-        AttentionCase("additive", beams=3, queries=2, keys=7, size=129, value_size=None, strided=True),
-        AttentionCase("additive", queries=9, keys=33, size=64, value_size=130, spread=0.1),
-        AttentionCase("additive", queries=9, keys=33, size=64, value_size=130, spread=30.0, factors=True),
-        AttentionCase("additive", queries=9, keys=33, size=64, spread=100.0, seen="mask_per_query"),
-        AttentionCase("location", memories=3, beams=2, queries=1, keys=65, size=40, channels=32, value_size=None),
-        AttentionCase("location", memories=1, queries=1, keys=7, size=7, channels=1, spread=30.0),
+        OperatorCase(memories=1, queries=1, keys=1, size=1, value_size=1),
+        OperatorCase(memories=3, beams=5, queries=1, keys=129, size=129, value_size=None),
+        OperatorCase("additive", memories=1, queries=1, keys=129, size=33),
+        OperatorCase("additive", memories=1, queries=7, keys=129, size=33, factors=True, seen="lengths"),
+        OperatorCase("additive", beams=3, queries=2, keys=7, size=129, value_size=None, strided=True),
+        OperatorCase("additive", queries=9, keys=33, size=64, value_size=130, spread=0.1),
+        OperatorCase("additive", queries=9, keys=33, size=64, value_size=130, spread=30.0, factors=True),
+        OperatorCase("additive", queries=9, keys=33, size=64, spread=100.0, seen="mask_per_query"),
+        OperatorCase("location", memories=3, beams=2, queries=1, keys=65, size=40, channels=32, value_size=None),
+        OperatorCase("location", memories=1, queries=1, keys=7, size=7, channels=1, spread=30.0),
     ],
     ids=str,
 )
-def test_shapes_and_spreads(case: AttentionCase) -> None:
+def test_shapes_and_spreads(case: OperatorCase) -> None:
     assert_accurate(case, "cpu")
 
 
 @settings(max_examples=60)
-@given(attention_cases())
-def test_drawn(case: AttentionCase) -> None:
+@given(operator_cases())
+def test_drawn(case: OperatorCase) -> None:
     for isa in LIBRARY.cpu_isas():
         with using_isa(isa):
             assert_accurate(case, "cpu", draws=8)
@@ -73,13 +189,13 @@ def test_drawn(case: AttentionCase) -> None:
 
 @pytest.mark.parametrize("score", ["dot", "additive"])
 def test_long_memories(score: str) -> None:
-    assert_accurate(AttentionCase(score, memories=1, queries=2, keys=4096, size=64, value_size=64), "cpu", draws=2)
+    assert_accurate(OperatorCase(score, memories=1, queries=2, keys=4096, size=64, value_size=64), "cpu", draws=2)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("score", SCORES)
 def test_sixteen_bits(score: str, dtype: torch.dtype) -> None:
-    case = AttentionCase(score, keys=33, size=40, dtype=dtype)
+    case = OperatorCase(score, keys=33, size=40, dtype=dtype)
     assert_accurate(case, "cpu")
     context, weights = attention(*(case.draw()[0][name] for name in ("query", "keys", "values")), backend="cpu")
     assert context.dtype == dtype and weights is not None and weights.dtype == dtype
@@ -130,7 +246,7 @@ def test_minus_infinite_scores_have_no_weight() -> None:
 @pytest.mark.parametrize("seen", ["lengths", "mask"])
 @pytest.mark.parametrize("score", SCORES)
 def test_hidden_nan_does_not_leak(score: str, seen: str) -> None:
-    case = AttentionCase(score, seen=seen, keys=21, size=17)
+    case = OperatorCase(score, seen=seen, keys=21, size=17)
     tensors, options, gradients = case.draw()
     hidden = ~reference.attended_keys(1, tensors["keys"], options.get("lengths"), _expanded(options.get("mask")))[:, 0]
     results = []
@@ -149,7 +265,7 @@ def test_hidden_nan_does_not_leak(score: str, seen: str) -> None:
 
 @pytest.mark.parametrize("score", ["dot", "additive"])
 def test_nan_that_one_query_sees_leaves_the_others_alone(score: str) -> None:
-    tensors, options, gradients = AttentionCase(score, memories=1, queries=3, keys=20).draw()
+    tensors, options, gradients = OperatorCase(score, memories=1, queries=3, keys=20).draw()
     mask = torch.ones(1, 3, 20, dtype=torch.bool)
     mask[0, 1:, 4] = False
     for name in ("keys", "values"):
@@ -165,7 +281,7 @@ def test_nan_that_one_query_sees_leaves_the_others_alone(score: str) -> None:
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("normalize", ["softmax", "length"])
 def test_queries_that_see_nothing(score: str, normalize: str) -> None:
-    tensors, options, gradients = AttentionCase(score, normalize=normalize).draw()
+    tensors, options, gradients = OperatorCase(score, normalize=normalize).draw()
     leaves = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
     outputs = attention(**leaves, **options, lengths=torch.tensor([0, 5]), backend="cpu")
     torch.autograd.backward(outputs, gradients)
@@ -200,9 +316,7 @@ def _expanded(mask: Tensor | None) -> Tensor | None:
     [("dot", False), ("scaled_dot", False), ("additive", False), ("additive", True), ("location", False)],
 )
 def test_repeatable_and_independent_of_the_batch(score: str, factors: bool) -> None:
-    case = AttentionCase(
-        score, memories=7, queries=5, keys=37, size=100, value_size=70, seen="lengths", factors=factors
-    )
+    case = OperatorCase(score, memories=7, queries=5, keys=37, size=100, value_size=70, seen="lengths", factors=factors)
     first, second = case.run("cpu"), case.run("cpu")
     assert all(torch.equal(first[name], second[name]) for name in first)
     tensors, options, _ = case.draw()
@@ -220,7 +334,7 @@ def test_repeatable_and_independent_of_the_batch(score: str, factors: bool) -> N
 
 @pytest.mark.parametrize("score", SCORES)
 def test_beams_share_a_memory(score: str) -> None:
-    case = AttentionCase(score, memories=3, beams=4, keys=20, seen="lengths")
+    case = OperatorCase(score, memories=3, beams=4, keys=20, seen="lengths")
     tensors, options, gradients = case.draw()
     shared = case.run("cpu")
     tiled = {
@@ -276,7 +390,7 @@ print(train(16, 50, 50, 512))
 
 @pytest.mark.parametrize("score", SCORES)
 def test_double_backward(score: str) -> None:
-    tensors, options, _ = AttentionCase(score, memories=1, queries=2, keys=3, size=2, value_size=2).draw()
+    tensors, options, _ = OperatorCase(score, memories=1, queries=2, keys=3, size=2, value_size=2).draw()
     leaves = [tensor.requires_grad_() for tensor in tensors.values()]
 
     def second(backend: str, *given: Tensor) -> list[Tensor]:
@@ -290,14 +404,14 @@ def test_double_backward(score: str) -> None:
 
 @pytest.mark.parametrize("score", SCORES)
 def test_gradcheck_of_the_reference(score: str) -> None:
-    tensors, options, _ = AttentionCase(score, memories=1, queries=2, keys=3, size=2, value_size=2).draw()
+    tensors, options, _ = OperatorCase(score, memories=1, queries=2, keys=3, size=2, value_size=2).draw()
     leaves = [tensor.double().requires_grad_() for tensor in tensors.values()]
     assert torch.autograd.gradcheck(lambda *given: attention(**dict(zip(tensors, given)), **options), leaves)
 
 
 @pytest.mark.parametrize("score", SCORES)
 def test_compiled(score: str) -> None:
-    case = AttentionCase(score, seen="lengths")
+    case = OperatorCase(score, seen="lengths")
     tensors, options, gradients = case.draw()
     leaves = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
     compiled = torch.compile(lambda **given: attention(**given, **options), fullgraph=True, backend="aot_eager")
@@ -309,8 +423,8 @@ def test_compiled(score: str) -> None:
         torch.testing.assert_close(leaf.grad, eager[name])
 
 
-@pytest.mark.parametrize("case", [AttentionCase("dot", value_size=None), AttentionCase("location")], ids=str)
-def test_opcheck(case: AttentionCase) -> None:
+@pytest.mark.parametrize("case", [OperatorCase("dot", value_size=None), OperatorCase("location")], ids=str)
+def test_opcheck(case: OperatorCase) -> None:
     tensors, _, gradients = case.draw()
     names = ("query", "keys", "values", "v", "features", "feature_weight")
     inputs = [tensors.get(name) for name in names]
