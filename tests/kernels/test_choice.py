@@ -1,11 +1,14 @@
 """When the back end `triton` is picked, and what it says where it is not."""
 
 import os
+from dataclasses import replace
 
 import pytest
+import torch
 
 from fastrnn import backends
-from fastrnn.backends import cpu, cuda, triton
+from fastrnn.backends import attention, cpu, cuda, triton
+from tests.ops.attention_case import AttentionCase
 from tests.ops.case import Case
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter takes CPU tensors")
@@ -17,6 +20,26 @@ def test_reasons_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     message = "backend 'triton' cannot compute this call: triton is not installed; the tensors are on cpu, not on a"
     with pytest.raises(NotImplementedError, match=message):
         backends.choose(call, "triton")
+
+
+def test_reasons_for_attention_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    call, _ = AttentionCase("inner", 2, 2, 2, 2).draw()
+    monkeypatch.setattr(triton, "_INSTALLED", False)
+    message = "backend 'triton' cannot compute this call: triton is not installed; the tensors are on cpu, not on a"
+    with pytest.raises(NotImplementedError, match=message):
+        backends.choose(call, "triton")
+
+
+def test_auto_on_a_gpu_of_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention.triton, "reasons_against", lambda call: [])
+    monkeypatch.setattr(attention.cpu, "reasons_against", lambda call: ["the tensors are on cuda:0, not on the CPU"])
+    call, _ = AttentionCase("inner", 2, 2, 2, 2).draw()
+    assert backends.choose(call) == "triton"
+    call = replace(call, need_weights=False)
+    with backends.recorded_choices() as choices:
+        assert backends.choose(call) == "aten"
+    assert "not triton: it stores the weights" in str(choices[0])
+    assert backends.choose(replace(call, lengths=torch.tensor([1, 2]))) == "triton"
 
 
 @pytest.fixture

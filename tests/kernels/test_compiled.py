@@ -23,7 +23,9 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from fastrnn.backends import gpu  # noqa: E402
 from fastrnn.backends import triton as backend  # noqa: E402
+from fastrnn.backends.attention import triton as attention  # noqa: E402
 from fastrnn.reference import CELLS  # noqa: E402
+from tests.ops.attention_case import OUTPUTS, AttentionCase  # noqa: E402
 from tests.ops.case import Case, options_of  # noqa: E402
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter does not compile")
@@ -89,13 +91,13 @@ class Compiling:
 
 
 @pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """A function that gives what the launchers of a case compile for an architecture."""
+def compiling(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """A context in which launchers compile for an architecture; it gives what they do."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     real = backend._kernels
 
     @contextmanager
-    def compiling(architecture: int) -> Iterator[list[Compiled]]:
+    def context(architecture: int) -> Iterator[list[Compiled]]:
         found: list[Compiled] = []
 
         def kernels(name: str) -> SimpleNamespace:
@@ -107,6 +109,13 @@ def launches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
             patch.setattr(backend, "_kernels", kernels)
             patch.setattr(backend, "_capability", lambda _: divmod(architecture, 10))
             yield found
+
+    return context
+
+
+@pytest.fixture
+def launches(compiling: Any) -> Any:
+    """A function that gives what the launchers of a case compile for an architecture."""
 
     def of(case: Case, architecture: int) -> list[Compiled]:
         call, gradients = case.draw()
@@ -205,6 +214,69 @@ def test_single_steps_take_one_launch(kind: str, architecture: int, launches: An
     _assert_fit(found, STEPS, architecture, spilled=64)
 
 
+# Attention
+
+
+def _compile_attention(case: AttentionCase, architecture: int, compiling: Any) -> list[Compiled]:
+    call, gradients = case.draw()
+    inputs, options = call.inputs(), (call.factors, call.lengths, call.mask)
+    scalars = (call.causal, call.scale, call.normalize)
+    given = [gradients.get(name) for name in OUTPUTS]
+    with compiling(architecture) as found:
+        _, weights = attention.forward(*inputs, *options, *scalars)
+        attention.backward(*given, *inputs, *options, weights, *scalars, [tensor is not None for tensor in inputs])
+    return found
+
+
+ROWS = {"attention_context", "attention_score_gradients"}
+PRODUCTS = ROWS | {"attention_inner_scores", "attention_product"}
+ADDITIVE = ROWS | {"attention_additive_scores", "attention_additive_backward"}
+
+
+@pytest.mark.parametrize("architecture", SHARED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("queries", [1, 64])
+def test_attention_by_inner_products(queries: int, dtype: torch.dtype, architecture: int, compiling: Any) -> None:
+    options = ("lengths", "query_mask", "causal") if queries == 64 else ("lengths", "query_mask")
+    case = AttentionCase("inner", 2, queries, 64, 64, 64, options, dtype=dtype)
+    _assert_fit(_compile_attention(case, architecture, compiling), PRODUCTS, architecture, spilled=64)
+
+
+# Without a gradient of the contexts, the products are left out.
+@pytest.mark.parametrize("architecture", SHARED)
+@pytest.mark.parametrize("score, dtype", [("factors", torch.float32), ("additive", torch.bfloat16)], ids=str)
+@pytest.mark.parametrize("queries", [1, 64])
+def test_additive_attention(queries: int, score: str, dtype: torch.dtype, architecture: int, compiling: Any) -> None:
+    case = AttentionCase(score, 2, queries, 64, 64, 64, ("lengths",), outputs=("weights",), dtype=dtype)
+    _assert_fit(_compile_attention(case, architecture, compiling), ADDITIVE, architecture, spilled=64)
+
+
+@pytest.mark.parametrize(
+    "dtype, channels, architecture",
+    [(torch.float32, 64, 80), (torch.float32, 64, 90), (torch.float32, 1, 80), (torch.bfloat16, 64, 90)],
+    ids=str,
+)
+def test_attention_by_location(dtype: torch.dtype, channels: int, architecture: int, compiling: Any) -> None:
+    options = ("lengths", "length")
+    case = AttentionCase("location", 2, 4, 64, 64, 64, options, channels, outputs=("weights",), dtype=dtype)
+    found = _compile_attention(case, architecture, compiling)
+    _assert_fit(found, ADDITIVE | {"attention_feature_gradients"}, architecture, spilled=64)
+
+
+# Which the compiler takes for constants.
+@pytest.mark.parametrize("score", ["inner", "location"])
+def test_attention_of_sizes_of_one(score: str, compiling: Any) -> None:
+    case = AttentionCase(score, 1, 1, 1, 1, 1, ("lengths", "query_mask", "causal"), channels=1)
+    names = PRODUCTS if score == "inner" else PRODUCTS | ADDITIVE | {"attention_feature_gradients"}
+    _assert_fit(_compile_attention(case, 90, compiling), names, 90, spilled=64)
+
+
+def test_attention_in_tf32(compiling: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "precision", lambda: "tf32")
+    found = _compile_attention(AttentionCase("inner", 2, 64, 64, 64), 90, compiling)
+    _assert_fit(found, PRODUCTS, 90, spilled=64)
+
+
 # The choice of a launch
 
 
@@ -220,3 +292,13 @@ def test_a_choice_depends_on_the_size_alone() -> None:
 def test_more_shared_memory_takes_larger_sizes() -> None:
     assert backend.pick("lstm", 128, torch.bfloat16, (9, 0), True) is not None
     assert backend.pick("lstm", 128, torch.bfloat16, (8, 9), True) is None
+
+
+def test_a_choice_for_attention_depends_on_the_size_alone() -> None:
+    for dtype in gpu.DTYPES:
+        assert attention.pick_product(1, dtype) == attention.pick_product(16, dtype)
+        assert attention.pick_product(17, dtype) == attention.pick_product(1000, dtype)
+    assert attention.pick_additive(2, False) == attention.pick_additive(1000, False)
+    for features in (True, False):
+        assert attention.pick_additive(1, features).rows == 1
+    assert [attention.pick_features(count) for count in (1, 16, 17, 64, 1000)] == [16, 16, 32, 64, 64]
