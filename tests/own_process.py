@@ -28,8 +28,10 @@ class OwnProcess:
         self.folder, self.inside, self.start, self.unavailable = Path(conftest).parent, inside, start, unavailable
         self.results: dict[str, tuple[str | None, str]] | None = None
 
+    @pytest.hookimpl(tryfirst=True)  # before pytest-xdist, which deals groups to its workers, looks at the marks
     def add_marks(self, items: list[pytest.Item]) -> None:
         for item in self._tests(items):
+            item.add_marker(pytest.mark.xdist_group(str(self.folder)))
             if self.unavailable:
                 item.add_marker(pytest.mark.skip(reason=self.unavailable))
             elif not self.inside:
@@ -40,8 +42,8 @@ class OwnProcess:
         if self.inside:
             return None
         if self.results is None:
-            self.results = self._run([item.nodeid for item in self._tests(pyfuncitem.session.items)])
-        outcome, reason = self.results[pyfuncitem.nodeid]
+            self.results = self._run([self._id(item) for item in self._tests(pyfuncitem.session.items)])
+        outcome, reason = self.results[self._id(pyfuncitem)]
         if outcome == "skipped":
             pytest.skip(reason)
         if outcome != "passed":
@@ -56,6 +58,9 @@ class OwnProcess:
 
     def _tests(self, items: list[pytest.Item]) -> list[pytest.Item]:
         return [item for item in items if item.path.is_relative_to(self.folder)]
+
+    def _id(self, item: pytest.Item) -> str:
+        return item.nodeid.removesuffix(f"@{self.folder}")  # which pytest-xdist adds
 
     def _run(self, tests: list[str]) -> dict[str, tuple[str | None, str]]:
         with tempfile.TemporaryDirectory() as folder:
