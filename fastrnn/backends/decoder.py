@@ -306,7 +306,8 @@ def backward(
 
     found[0] = dparts[0][..., : loop.fed]
     found[1], found[2] = dh0, dc0 if lstm else None
-    found[3] = dparts[0][0, :, loop.fed :]
+    # A copy, since a single row of dparts would be contiguous: results of an operator must not share memory.
+    found[3] = dparts[0][0, :, loop.fed :].clone(memory_format=torch.contiguous_format)
     if needs[4] and query_weight is not None:
         found[4] = dquery.flatten(0, 1).T @ h[-1, 1:].flatten(0, 1)
     found[7] = None if parts_of_v is None else parts_of_v.sum(0)

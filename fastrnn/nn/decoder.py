@@ -153,7 +153,7 @@ class AttentionDecoder(torch.nn.Module):
         Args:
             input: [N, T, input_size]. N is B, or a multiple of it: N / B neighbours share a memory.
             memory: [B, Tk, memory_size], or what ``attention.prepare`` has made of it.
-            state: what the call before returned, or the ``hidden`` of :meth:`initial_state`; zeros by default.
+            state: what the call before returned, or the hidden of :meth:`initial_state`; by default zeros.
             lengths: [B] integers in 0..Tk: the memory from there on is not seen. By default those of a prepared memory.
             mask: [B, Tk] bool: True where the memory is seen.
             need_weights: whether the third result is wanted.

@@ -109,7 +109,14 @@ def _differentiable_gradients(
     """The gradients as differentiable functions of everything (create_graph=True): by way of the reference."""
     with torch.enable_grad():
         outputs = _reference(cell, inputs, options[1:], scalars)
-        pairs = [(o, g) for o, g in zip(outputs, gradients, strict=True) if o is not None and g is not None]
+        # A result may depend on nothing that needs a gradient: h_1 does not on the memory.
+        pairs = [
+            (o, g)
+            for o, g in zip(outputs, gradients, strict=True)
+            if o is not None and o.requires_grad and g is not None
+        ]
+        if not pairs:
+            return [None] * len(needs)
         wanted = [tensor for tensor, need in zip(inputs, needs, strict=True) if need and tensor is not None]
         found = iter(
             torch.autograd.grad(
