@@ -275,13 +275,18 @@ def _differentiable_gradients(
     tensors: list[Tensor | None], scalars: tuple[Any, ...], gradients: tuple[Tensor | None, ...], needs: list[bool]
 ) -> list[Tensor | None]:
     """The gradients as differentiable functions of everything (create_graph=True): by way of the reference."""
-    *inputs, _, lengths, mask = tensors
-    query, keys, values, v, features, feature_weight = inputs
-    assert query is not None and keys is not None
+    *given, _, lengths, mask = tensors
     options = (None, lengths, mask, *scalars)
     with torch.enable_grad():
+        # Views, since one input may depend on another, as projected keys do on the values.
+        inputs = [None if tensor is None else tensor.view_as(tensor) for tensor in given]
+        query, keys, values, v, features, feature_weight = inputs
+        assert query is not None and keys is not None
         outputs = reference.run(AttentionCall(query, keys, values, v, features, feature_weight, *options))
-        pairs = [(o, g) for o, g in zip(outputs, gradients, strict=True) if g is not None]
+        # The weights do not depend on the values.
+        pairs = [(o, g) for o, g in zip(outputs, gradients, strict=True) if g is not None and o.requires_grad]
+        if not pairs:
+            return [None] * len(needs)
         wanted = [tensor for tensor, need in zip(inputs, needs, strict=True) if need and tensor is not None]
         found = iter(
             torch.autograd.grad(

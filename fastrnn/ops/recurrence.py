@@ -552,9 +552,11 @@ def _differentiable_gradients(
     needs: tuple[bool, ...],
 ) -> list[Tensor | None]:
     """The gradients as differentiable functions of everything (create_graph=True): by way of the reference."""
-    *inputs, lengths, batch_sizes, resets, recurrent_mask = tensors
+    *given, lengths, batch_sizes, resets, recurrent_mask = tensors
     zoneout, zoneout_seed, reverse = scalars
     with torch.enable_grad():
+        # Views, since one input may depend on another, as the state after one call depends on the weights of the next.
+        inputs = [None if tensor is None else tensor.view_as(tensor) for tensor in given]
         dtype = cast(Tensor, inputs[0]).dtype  # under autocast the weights' is another
         same = tuple(None if tensor is None else tensor.to(dtype) for tensor in inputs)
         call = RecurrenceCall(

@@ -403,6 +403,34 @@ def test_double_backward(score: str) -> None:
 
 
 @pytest.mark.parametrize("score", SCORES)
+def test_double_backward_where_an_input_depends_on_another(score: str) -> None:
+    """The keys are made of the values, as those of additive attention are."""
+
+    def both(backend: str, dtype: torch.dtype, seed: int) -> list[Tensor]:
+        tensors, options, gradients = OperatorCase(score, size=6, queries=2).draw(seed)
+        leaves = {name: tensor.to(dtype).requires_grad_() for name, tensor in tensors.items()}
+        keys = torch.tanh(leaves["keys"] * leaves["values"])
+        outputs = attention(**leaves | {"keys": keys}, **options, backend=backend)
+        first = torch.autograd.grad(outputs, list(leaves.values()), [g.to(dtype) for g in gradients], create_graph=True)
+        loss = torch.stack([gradient.square().sum() for gradient in first]).sum()
+        return [*first, *torch.autograd.grad(loss, list(leaves.values()))]
+
+    backends_and_dtypes = (("cpu", torch.float32), ("reference", torch.float32), ("reference", torch.float64))
+    draws = [[both(*given, seed) for given in backends_and_dtypes] for seed in range(4)]
+    assert_as_accurate_over([(ours, torchs, exact) for ours, torchs, exact in draws])
+
+
+def test_double_backward_of_the_values_alone() -> None:
+    """On which the weights do not depend."""
+    query, keys, values = torch.randn(2, 3, 4), torch.randn(2, 5, 4), torch.randn(2, 5, 6, requires_grad=True)
+    context, weights = attention(query, keys, values, backend="cpu")
+    assert weights is not None
+    (gradient,) = torch.autograd.grad(weights.sum() + context.sum(), values, create_graph=True)
+    torch.testing.assert_close(gradient, weights.sum(1)[..., None].expand(2, 5, 6))
+    assert torch.autograd.grad(weights.sum(), values, create_graph=True, allow_unused=True) == (None,)
+
+
+@pytest.mark.parametrize("score", SCORES)
 def test_gradcheck_of_the_reference(score: str) -> None:
     tensors, options, _ = OperatorCase(score, memories=1, queries=2, keys=3, size=2, value_size=2).draw()
     leaves = [tensor.double().requires_grad_() for tensor in tensors.values()]

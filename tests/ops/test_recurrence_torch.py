@@ -176,6 +176,28 @@ def test_double_backward(cell: str) -> None:
     )
 
 
+@pytest.mark.parametrize("cell", CELLS)
+def test_double_backward_where_an_input_depends_on_another(cell: str) -> None:
+    """A sequence in two calls: the state that the second starts from depends on the weights."""
+    call, _ = Case(cell, 4, 3, 5, 9).draw()
+
+    def both(dtype: torch.dtype, backend: str, create_graph: bool = True) -> tuple[Tensor, ...]:
+        tensors = {name: tensor.to(dtype).requires_grad_() for name, tensor in call.tensors().items()}
+        leaves = list(tensors.values())
+        first = forward(with_tensors(call, tensors), backend)
+        states = {name: first[last] for name, last in (("h0", "h_n"), ("c0", "c_n")) if last in first}
+        y = forward(with_tensors(call, tensors | states), backend)["y"]
+        found = torch.autograd.grad(y.square().sum(), leaves, create_graph=create_graph)
+        if not create_graph:
+            return found
+        loss = torch.stack([gradient.square().sum() for gradient in found]).sum()
+        return *found, *torch.autograd.grad(loss, leaves)
+
+    exact = both(torch.float64, "reference")
+    assert_as_accurate(both(torch.float32, "cpu"), both(torch.float32, "reference"), exact)
+    torch.testing.assert_close(both(torch.float64, "reference", False), exact[: len(exact) // 2])
+
+
 def test_backward_twice_and_what_it_needs() -> None:
     call, gradients = Case("gru", 4, 3, 5, 9).draw()
     call.weight_hh.requires_grad_()
