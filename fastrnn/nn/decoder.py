@@ -90,6 +90,9 @@ class AttentionDecoder(torch.nn.Module):
         asked = getattr(attention, "query_size", hidden_size)
         if asked != hidden_size:
             raise ValueError(f"attention must have queries of hidden_size {hidden_size}, got query_size {asked}")
+        remembered = getattr(attention, "memory_size", memory_size)
+        if memory_size is not None and remembered != memory_size:
+            raise ValueError(f"memory_size must be the attention module's {remembered}, got {memory_size}")
         for name in ("batch_first", "bidirectional", "proj_size", "return_cell_states"):
             if options.get(name):
                 raise ValueError(f"{name} does not go with a decoder")
@@ -121,10 +124,12 @@ class AttentionDecoder(torch.nn.Module):
                 B * beams; zeros by default.
             beams: sequences that share a memory, neighbours in N.
         """
-        tensor = memory.memory if isinstance(memory, PreparedMemory) else memory
+        tensor = _tensor_of(memory)
         batch = tensor.shape[0] * beams
         shape = (batch, self.rnn.num_layers, self.rnn.hidden_size)
         lstm = self.rnn.mode == "LSTM"
+        if lstm and not (hidden is None or isinstance(hidden, (tuple, list))):
+            raise TypeError(f"hidden must hold h_0 and c_0, got {type(hidden).__name__}")
         given = (None, None) if hidden is None else tuple(hidden) if lstm else (hidden,)
         if lstm and len(given) != 2:
             raise ValueError(f"hidden must hold h_0 and c_0, got {len(given)} tensors")
@@ -133,6 +138,8 @@ class AttentionDecoder(torch.nn.Module):
             if state is None:
                 states.append(tensor.new_zeros(shape))
                 continue
+            if not isinstance(state, Tensor):
+                raise TypeError(f"{name} must be a torch.Tensor, got {type(state).__name__}")
             if tuple(state.shape) != (shape[1], shape[0], shape[2]):
                 raise ValueError(f"{name} must have shape {(shape[1], batch, shape[2])}, got {tuple(state.shape)}")
             states.append(state.transpose(0, 1))
@@ -171,6 +178,7 @@ class AttentionDecoder(torch.nn.Module):
         if not isinstance(state, DecoderState):
             beams = input.shape[0] // max(1, prepared.memory.shape[0])
             state = self.initial_state(prepared, state, beams)
+        self._check_state(state, input.shape[0])
         if not self.input_feeding:
             return self._ask_at_once(input, prepared, state, mask, need_weights)
         call = self._loop_call(input, prepared, state, mask)
@@ -208,10 +216,13 @@ class AttentionDecoder(torch.nn.Module):
         self._check_input(input, 2, prepared)
         if not isinstance(state, DecoderState):
             raise TypeError(f"state must be a DecoderState, as initial_state gives, got {type(state).__name__}")
+        self._check_state(state, input.shape[0])
         return self._step(input, state, prepared, mask, need_weights)
 
     def _prepare(self, memory: Tensor | PreparedMemory, lengths: Tensor | None, mask: Tensor | None) -> PreparedMemory:
-        tensor = memory.memory if isinstance(memory, PreparedMemory) else memory
+        tensor = _tensor_of(memory)
+        if not (mask is None or isinstance(mask, Tensor)):
+            raise TypeError(f"mask must be a torch.Tensor, got {type(mask).__name__}")
         if mask is not None and (mask.dtype is not torch.bool or mask.shape != tensor.shape[:2]):
             raise ValueError(
                 f"mask must be torch.bool of shape {tuple(tensor.shape[:2])}, got {mask.dtype} {tuple(mask.shape)}"
@@ -242,6 +253,16 @@ class AttentionDecoder(torch.nn.Module):
         batch, memories = input.shape[0], prepared.memory.shape[0]
         if batch % memories if memories else batch:
             raise ValueError(f"input must have a batch that is a multiple of the memory's {memories}, got {batch}")
+
+    def _check_state(self, state: DecoderState, batch: int) -> None:
+        of_layers = (batch, self.rnn.num_layers, self.rnn.hidden_size)
+        cell = of_layers if self.rnn.mode == "LSTM" else None
+        for name, shape in (("hidden", of_layers), ("cell", cell), ("context", (batch, self.memory_size))):
+            tensor = getattr(state, name)
+            got = None if tensor is None else tuple(tensor.shape)
+            if got != shape:
+                wanted = "None" if shape is None else f"of shape {shape}"
+                raise ValueError(f"state must have {name} {wanted}, got {got}")
 
     def _step(
         self, x: Tensor, state: DecoderState, prepared: PreparedMemory, mask: Tensor | None, need_weights: bool
@@ -306,11 +327,23 @@ class AttentionDecoder(torch.nn.Module):
         if (
             terms is None
             or changed
+            or state.attention is not None
+            or (terms.v is not None and prepared.keys is None)
             or not asked <= {"auto", "cpu"}
             or backends.transform_reasons()
             or torch.is_autocast_enabled(input.device.type)
         ):
             return None
+        query_weight, v, scale, normalize = terms
+        keys, values = (
+            (prepared.memory, None) if v is None or prepared.keys is None else (prepared.keys, prepared.memory)
+        )
+        # The kernels take sizes and lengths as they come.
+        size = self.rnn.hidden_size if query_weight is None else query_weight.shape[0]
+        query = keys.new_zeros(()).expand(keys.shape[0], 1, size)
+        factors = None if v is None else prepared.factors
+        seen = AttentionCall(query, keys, values, v, factors=factors, lengths=prepared.lengths, mask=mask)
+        check(seen)
         layers = []
         for names in rnn._all_weights:
             weights = [getattr(rnn, name) for name in names]
@@ -319,7 +352,6 @@ class AttentionDecoder(torch.nn.Module):
         if rnn.training and rnn.dropout and rnn.num_layers > 1:
             ones = input.new_ones(rnn.num_layers - 1, input.shape[1], input.shape[0], rnn.hidden_size)
             dropout_mask = torch.dropout(ones, rnn.dropout, True)
-        query_weight, v, scale, normalize = terms
         call = DecoderCall(
             "gru_reset_before" if rnn._cell == "gru" and not rnn.reset_after else rnn._cell,
             input.transpose(0, 1),
@@ -328,12 +360,12 @@ class AttentionDecoder(torch.nn.Module):
             None if state.cell is None else state.cell.transpose(0, 1),
             state.context,
             query_weight,
-            prepared.memory if prepared.keys is None else prepared.keys,
-            None if prepared.keys is None else prepared.memory,
+            keys,
+            values,
             v,
-            prepared.factors,
-            prepared.lengths,
-            None if mask is None else mask.unsqueeze(1),
+            seen.factors,
+            seen.lengths,
+            seen.mask,
             dropout_mask,
             scale,
             normalize,
@@ -361,3 +393,10 @@ class AttentionDecoder(torch.nn.Module):
         after = DecoderState(hidden.transpose(0, 1), None if cell is None else cell.transpose(0, 1), of_steps[-1])
         output = torch.cat([h, of_steps], -1).transpose(0, 1)
         return output, after, seen if need_weights else None
+
+
+def _tensor_of(memory: Tensor | PreparedMemory) -> Tensor:
+    tensor = memory.memory if isinstance(memory, PreparedMemory) else memory
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"memory must be a torch.Tensor or a PreparedMemory, got {type(memory).__name__}")
+    return tensor

@@ -108,6 +108,8 @@ def _differentiable_gradients(
 ) -> list[Tensor | None]:
     """The gradients as differentiable functions of everything (create_graph=True): by way of the reference."""
     with torch.enable_grad():
+        # Views, since one input may depend on another, as projected keys do on the values.
+        inputs = tuple(None if tensor is None else tensor.view_as(tensor) for tensor in inputs)
         outputs = _reference(cell, inputs, options[1:], scalars)
         # A result may depend on nothing that needs a gradient: h_1 does not on the memory.
         pairs = [
