@@ -215,7 +215,7 @@ def test_shapes(case: DecoderCase) -> None:
 @pytest.mark.parametrize("score", SCORES)
 def test_layers_and_steps(score: str, layers: int, steps: int) -> None:
     cell = CELLS[(layers + steps) % len(CELLS)]
-    assert_accurate(DecoderCase(cell, score, layers, steps, hidden=15, value_size=9))
+    assert_accurate(DecoderCase(cell, score, layers, steps, hidden=15, value_size=9), 3 if steps == 40 else 5)
 
 
 @pytest.mark.parametrize("seen", ["all", "lengths", "mask", "both"])
@@ -500,6 +500,7 @@ def test_compiled(case: DecoderCase) -> None:
         DecoderCase("gru", "dot", seen="lengths", outputs=("h",)),
         DecoderCase("rnn_tanh", "general", steps=1, memories=1, biases=(), outputs=("contexts", "h_n")),
         DecoderCase("lstm", layers=2, dtype=torch.bfloat16, value_size=3),
+        DecoderCase("gru", beams=2),
     ],
     ids=str,
 )
@@ -512,6 +513,8 @@ def test_opcheck(case: DecoderCase) -> None:
     for save in (False, True):
         arguments = (case.cell, x, h0, c0, context0, *rest, weights, *others, save)
         torch.library.opcheck(torch.ops.fastrnn.decoder_forward, arguments)
+    if case.beams > 1:
+        return  # no gradients
     outputs = torch.ops.fastrnn.decoder_forward(*arguments)
     given = [gradients.get(name) for name in OUTPUTS]
     for needs in (
