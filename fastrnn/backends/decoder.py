@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from fastrnn.backends import native
 from fastrnn.backends.attention.cpu import DTYPES, Inputs
 from fastrnn.backends.call import kernel_reasons, place_reasons
-from fastrnn.backends.cpu import packed_weight
+from fastrnn.backends.cpu import packed_weight, workspace
 from fastrnn.backends.native import CELL_INDEX
 from fastrnn.backends.tensors import address
 from fastrnn.reference import CELLS, LayerWeights
@@ -144,20 +145,20 @@ def _new_outputs(
     keys: Tensor,
     weights_shape: tuple[int, ...],
     save: bool,
+    empty: Callable[[tuple[int, ...]], Tensor],
 ) -> Outputs:
     steps, batch, _ = x.shape
     count, _, hidden = h0.shape
     library: Any = native.load()
-    h = x.new_empty(count, steps + 1, batch, hidden, dtype=torch.float32)
     saved = library.saved_sizes(CELL_INDEX[cell], 1, hidden, False, False)[0] if save else 0  # of a row
     return (
-        h,
-        h.new_empty(h.shape if cell == "lstm" else 0),
-        h.new_empty(steps, batch, context0.shape[1]),
-        h.new_empty(weights_shape),
-        h.new_empty((steps, batch, keys.shape[2]) if query_weight is not None else 0),
-        h.new_empty(steps * batch * sum(_sizes(x, h0, context0.shape[1]))),
-        h.new_empty(count, steps * batch * saved),
+        empty((count, steps + 1, batch, hidden)),
+        empty((count, steps + 1, batch, hidden) if cell == "lstm" else (0,)),
+        empty((steps, batch, context0.shape[1])),
+        empty(weights_shape),
+        empty((steps, batch, keys.shape[2]) if query_weight is not None else (0,)),
+        empty((steps * batch * sum(_sizes(x, h0, context0.shape[1])),)),
+        empty((count, steps * batch * saved)),
     )
 
 
@@ -187,7 +188,8 @@ def forward(
     loop = _Loop(cell, x, h0, keys, Inputs(True, *arguments), dropout_mask)
     steps, batch, count = loop.steps, loop.batch, loop.count
     lstm = cell == "lstm"
-    outputs = _new_outputs(cell, x, h0, context0, query_weight, keys, loop.weights_shape, save)
+    empty = functools.partial(workspace, x)  # The user gets copies.
+    outputs = _new_outputs(cell, x, h0, context0, query_weight, keys, loop.weights_shape, save, empty)
     h, c, contexts, weighting, queries, inputs, saved = outputs
     h[:, 0] = h0
     if c0 is not None:
@@ -253,11 +255,11 @@ def backward(
     lstm = cell == "lstm"
     sizes = _sizes(x, h0, contexts.shape[2])
     parts = _parts(inputs, steps, batch, sizes)
-    dinputs = torch.empty_like(inputs)
+    dinputs = workspace(x, inputs.shape)
     dparts = _parts(dinputs, steps, batch, sizes)
-    dstates = h.new_zeros(count, steps, batch, hidden)
-    if dh is not None:
-        dstates[-1] = dh
+    dstates = workspace(x, (count, steps, batch, hidden))
+    dstates[:-1] = 0
+    dstates[-1] = 0 if dh is None else dh
     if dh_n is not None:
         dstates[:, -1] += dh_n
     dcells = h.new_empty((count, steps, batch, hidden) if lstm else 0)
@@ -329,7 +331,8 @@ def fake_forward(
 ) -> Outputs:
     """Shapes and dtypes of `forward`, for tracing."""
     shape = (x.shape[1], x.shape[0], keys.shape[1])
-    return _new_outputs(cell, x, h0, context0, query_weight, keys, shape, rest[-1])
+    empty = functools.partial(x.new_empty, dtype=torch.float32)
+    return _new_outputs(cell, x, h0, context0, query_weight, keys, shape, rest[-1], empty)
 
 
 def fake_backward(
