@@ -613,6 +613,17 @@ PYBIND11_MODULE(_C, m) {
   py::class_<AttentionInputs>(m, "AttentionInputs").def(py::init(&attention_inputs));
   m.def("attention_forward", &attention_forward);
   m.def("attention_backward", &attention_backward);
+  m.def("multiply_packed", [](int64_t rows, int64_t depth, uintptr_t a, int64_t lda, const PackedWeight& weight,
+                              bool backward, int64_t columns, uintptr_t out, int threads) {
+    const void* panels = weight.panels(backward);
+    py::gil_scoped_release release;
+    attention_kernels().multiply_panels(rows, depth, pointer(a), lda, panels, columns, false, pointer(out), columns,
+                                        team_size(threads));
+  });
+  m.def("outer_product", [](int64_t rows, uintptr_t a, int64_t m, uintptr_t b, int64_t n, uintptr_t out, int threads) {
+    py::gil_scoped_release release;
+    attention_kernels().outer_product(rows, pointer(a), m, pointer(b), n, pointer(out), team_size(threads));
+  });
   m.def("top_k_log_softmax", [](int number, int64_t groups, int64_t group_size, int64_t vocabulary, int64_t k,
                                 uintptr_t logits, int64_t stride, uintptr_t scores, uintptr_t values, uintptr_t indices,
                                 int threads) {

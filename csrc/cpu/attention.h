@@ -61,6 +61,8 @@ struct AttentionKernels {
   // depth], or pack_backward of one [depth, columns].
   void (*multiply_panels)(int64_t rows, int64_t depth, const float* a, int64_t lda, const void* panels, int64_t columns,
                           bool accumulate, float* out, int64_t ldo, int threads);
+  // out [m, n] = A^T B, A [rows, m], B [rows, n], all with contiguous rows.
+  void (*outer_product)(int64_t rows, const float* a, int64_t m, const float* b, int64_t n, float* out, int threads);
 };
 
 const AttentionKernels& attention_portable();

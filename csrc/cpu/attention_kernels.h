@@ -14,7 +14,7 @@ namespace {
 constexpr int kRows = kLanes == 16 ? 4 : 2, kKeys = kLanes / kRows;
 constexpr int kStreams = 4;         // keys that one query reads at once
 constexpr int64_t kSumDepth = 256;  // terms of a weighted sum in one pass: long memories stay accurate
-constexpr int64_t kPanelDepth = 512;
+constexpr int64_t kOuterRows = 48;  // rows of an outer product that go together
 constexpr float kLargestExponent = 87.0f;
 // Below this sum of the largest |q| and |k| the rounding of e^{2q} e^{2k} near 1 would show in tanh itself.
 constexpr float kSmallArguments = 1.0f;
@@ -740,16 +740,30 @@ void multiply_panels(int64_t rows, int64_t depth, const float* a, int64_t lda, c
       const int64_t ld = valid == kColumns ? ldo : kColumns;
       for (int64_t row = 0; to != out + n && accumulate && row < rows; ++row)
         __builtin_memcpy(to + row * ld, out + row * ldo + n, valid * sizeof(float));
-      for (int64_t k = 0; k < depth; k += kPanelDepth)
+      for (int64_t k = 0; k < depth; k += kSumDepth)
         for (int64_t i = 0; i < tiles.count; ++i) {
           float* c = to + tiles.begin(i) * ld;
-          tile_rows<2, false>(tiles.begin(i + 1) - tiles.begin(i), smaller(kPanelDepth, depth - k),
+          tile_rows<2, false>(tiles.begin(i + 1) - tiles.begin(i), smaller(kSumDepth, depth - k),
                               a + tiles.begin(i) * lda + k, lda, panel + k * kColumns, kColumns,
                               resume(accumulate || k > 0, c, ld), c, ld);
         }
       for (int64_t row = 0; to != out + n && row < rows; ++row)
         __builtin_memcpy(out + row * ldo + n, to + row * ld, valid * sizeof(float));
     }
+  });
+}
+
+void outer_product(int64_t rows, const float* a, int64_t m, const float* b, int64_t n, float* out, int threads) {
+  const int64_t tiles = ceil_div(m, kOuterRows);
+  const int64_t slots = larger(1, smaller(smaller(threads, tiles), rows * m * n >> 18));
+  on_team(slots, [=](int64_t begin, int64_t end) {
+    const int64_t first = tiles * begin / slots * kOuterRows, last = smaller(m, tiles * end / slots * kOuterRows);
+    // A's columns and B's panels of one pass stay in L2.
+    for (int64_t k = 0; k < rows; k += kSumDepth)
+      for (int64_t row = first; row < last; row += kOuterRows)
+        outer_rows(row, smaller(last, row + kOuterRows), smaller(kSumDepth, rows - k), a + k * m, m, b + k * n, n, 0, n,
+                   k > 0, out, n);
+    for (int64_t row = first; rows == 0 && row < last; ++row) __builtin_memset(out + row * n, 0, n * sizeof(float));
   });
 }
 
@@ -825,10 +839,10 @@ void attention_backward(const AttentionBackward& call, int threads) {
 }  // namespace
 }  // namespace fastrnn
 
-#define FASTRNN_DEFINE_ATTENTION(name)                                                                \
-  namespace fastrnn::cpu {                                                                            \
-  const AttentionKernels& attention_##name() {                                                        \
-    static const AttentionKernels kernels = {attention_forward, attention_backward, multiply_panels}; \
-    return kernels;                                                                                   \
-  }                                                                                                   \
+#define FASTRNN_DEFINE_ATTENTION(name)                                                                               \
+  namespace fastrnn::cpu {                                                                                           \
+  const AttentionKernels& attention_##name() {                                                                       \
+    static const AttentionKernels kernels = {attention_forward, attention_backward, multiply_panels, outer_product}; \
+    return kernels;                                                                                                  \
+  }                                                                                                                  \
   }

@@ -139,6 +139,16 @@ def packed_weight(
     return packed
 
 
+def outer_product(a: Tensor, b: Tensor) -> Tensor:
+    """a^T b over all leading dimensions, a [.., M] and b [.., N] in float32 on the CPU."""
+    a, b = (tensor.reshape(-1, tensor.shape[-1]).contiguous() for tensor in (a, b))
+    out = a.new_empty(a.shape[1], b.shape[1])
+    native.load().outer_product(  # type: ignore[union-attr]
+        a.shape[0], a.data_ptr(), a.shape[1], b.data_ptr(), b.shape[1], out.data_ptr(), torch.get_num_threads()
+    )
+    return out
+
+
 def is_step(
     cell: str,
     x: Tensor,

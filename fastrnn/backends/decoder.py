@@ -13,7 +13,7 @@ from torch import Tensor
 from fastrnn.backends import native
 from fastrnn.backends.attention.cpu import DTYPES, Inputs
 from fastrnn.backends.call import kernel_reasons, place_reasons
-from fastrnn.backends.cpu import packed_weight, workspace
+from fastrnn.backends.cpu import outer_product, packed_weight, workspace
 from fastrnn.backends.native import CELL_INDEX
 from fastrnn.backends.tensors import address
 from fastrnn.reference import CELLS, LayerWeights
@@ -311,7 +311,7 @@ def backward(
     # A copy, since a single row of dparts would be contiguous: results of an operator must not share memory.
     found[3] = dparts[0][0, :, loop.fed :].clone(memory_format=torch.contiguous_format)
     if needs[4] and query_weight is not None:
-        found[4] = dquery.flatten(0, 1).T @ h[-1, 1:].flatten(0, 1)
+        found[4] = outer_product(dquery, h[-1, 1:])
     found[7] = None if parts_of_v is None else parts_of_v.sum(0)
     return [
         h.new_empty(0) if gradient is None or not need else gradient.to(x.dtype).contiguous()

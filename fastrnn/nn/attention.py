@@ -13,6 +13,7 @@ from fastrnn.backends import AttentionCall, transforming
 from fastrnn.nn.options import check_backend
 from fastrnn.ops import attention, key_factors
 from fastrnn.ops.attention import NORMALIZATIONS, check
+from fastrnn.ops.linear import linear
 from fastrnn.reference import attended_keys
 
 
@@ -360,7 +361,8 @@ class _AdditiveScore(MemoryAttention):
         prepared = PreparedMemory(memory, lengths=lengths)
         # Zeros for what nobody sees: the gradient of U would multiply NaN there by 0.
         zeroed, _ = _seen(query, prepared, mask)
-        return prepared._replace(keys=F.linear(zeroed, self.memory_weight, self.bias))
+        keys = linear(zeroed, self.memory_weight)
+        return prepared._replace(keys=keys if self.bias is None else keys + self.bias)
 
     def _score_vector(self) -> Tensor:
         return self.v
@@ -372,7 +374,7 @@ class _AdditiveScore(MemoryAttention):
             raise ValueError("memory must be prepared by this module, got a PreparedMemory whose keys are None")
         _check_vectors("query", query, self.query_size)
         _check_fits("query", query, "query_weight", self.query_weight)
-        projected, v = F.linear(query, self.query_weight), self._score_vector()
+        projected, v = linear(query, self.query_weight), self._score_vector()
         if not self._state_rows:
             self._refuse_state(state)
             context, weights = attention(
@@ -652,7 +654,7 @@ class SelfAttention(Attention):
         q = k = v = x
         if self.in_proj_weight is not None:
             _check_fits("x", x, "in_proj_weight", self.in_proj_weight)
-            q, k, v = F.linear(x, self.in_proj_weight).chunk(3, -1)
+            q, k, v = linear(x, self.in_proj_weight).chunk(3, -1)
         heads = self.num_heads
         if heads > 1:  # Each head is an entry of the batch, and so needs lengths and mask of its own.
             q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2).flatten(0, 1) for part in (q, k, v))

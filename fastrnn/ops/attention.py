@@ -11,6 +11,7 @@ from torch import Tensor
 from fastrnn import backends
 from fastrnn.backends import AttentionCall
 from fastrnn.backends.attention import aten, cpu, reference, triton
+from fastrnn.ops.linear import matmul
 
 SCORES = ("dot", "scaled_dot", "general", "additive", "location")
 NORMALIZATIONS = ("softmax", "length")
@@ -96,7 +97,7 @@ def attention(
     if weight is not None:
         if weight.dim() != 2 or weight.shape != (query.shape[-1], keys.shape[-1]):
             raise ValueError(f"weight must have shape {(query.shape[-1], keys.shape[-1])}, got {tuple(weight.shape)}")
-        query = query @ weight
+        query = matmul(query, weight)
     if scale is None:
         scale = 1 / math.sqrt(query.shape[-1]) if score == "scaled_dot" and query.shape[-1] else 1.0
     call = AttentionCall(
