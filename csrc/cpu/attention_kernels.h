@@ -610,8 +610,7 @@ inline void additive_backward(const AttentionBackward& call, int64_t b, const fl
 }
 
 // The query's gradient alone, as each step of a decoder's backward pass wants it: factors are read in the order of
-// memory, which takes a third of the time of the columns above where they are in L3. row: scratch of 3 *
-// vectors_of(size).
+// memory and not by columns. row: scratch of 3 * vectors_of(size).
 inline void additive_query_backward(const AttentionBackward& call, int64_t b, const float* dscores, float* row) {
   const AttentionInputs& in = call.in;
   const int64_t ld = vectors_of(in.size);

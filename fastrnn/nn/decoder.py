@@ -96,6 +96,11 @@ class AttentionDecoder(torch.nn.Module):
         for name in ("batch_first", "bidirectional", "proj_size", "return_cell_states"):
             if options.get(name):
                 raise ValueError(f"{name} does not go with a decoder")
+        if not isinstance(input_feeding, bool):
+            raise TypeError(f"input_feeding must be a bool, got {type(input_feeding).__name__}")
+        for name in ("recurrent_dropout", "weight_dropout"):
+            if input_feeding and options.get(name):
+                raise ValueError(f"{name} needs input_feeding=False: its mask is one for all steps of a call")
         check_backend(backend)
         self.memory_size: int = getattr(attention, "memory_size", hidden_size) if memory_size is None else memory_size
         self.input_size = input_size

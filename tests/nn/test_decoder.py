@@ -308,8 +308,7 @@ def test_the_state_of_an_encoder() -> None:
         ("lstm", {"peephole": True}),
         ("lstm", {"residual": True}),
         ("gru", {"zoneout": 0.3}),
-        ("rnn_tanh", {"recurrent_dropout": 0.3}),
-        ("rnn_relu", {"weight_dropout": 0.3}),
+        ("rnn_tanh", {"zoneout": 0.3}),
     ],
 )
 def test_options_run_step_by_step(cell: str, options: dict[str, Any]) -> None:
@@ -598,6 +597,9 @@ X, MEMORY = torch.zeros(4, 3, I), torch.zeros(2, TK, M)
         ({"attention": nn.Linear(2, 2)}, TypeError, r"attention must be a module of fastrnn.nn .*, got Linear"),
         ({"attention": GeneralAttention(5, M)}, ValueError, r"queries of hidden_size 6, got query_size 5"),
         ({"attention": GeneralAttention(H, 4), "memory_size": 5}, ValueError, r"memory_size must be .*'s 4, got 5"),
+        ({"input_feeding": 1}, TypeError, r"input_feeding must be a bool, got int"),
+        ({"recurrent_dropout": 0.1}, ValueError, r"recurrent_dropout needs input_feeding=False"),
+        ({"weight_dropout": 0.1}, ValueError, r"weight_dropout needs input_feeding=False"),
         ({"batch_first": True}, ValueError, r"batch_first does not go with a decoder"),
         ({"bidirectional": True}, ValueError, r"bidirectional does not go with a decoder"),
         ({"proj_size": 2}, ValueError, r"proj_size does not go with a decoder"),
