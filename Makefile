@@ -26,7 +26,7 @@ endif
 
 GPU_SECONDS ?= 460
 BENCH_SECONDS ?= 240
-GPU_PARTS := gpu-test gpu-exchange gpu-sanitize gpu-bench
+GPU_PARTS := gpu-test gpu-attention gpu-exchange gpu-sanitize gpu-bench
 
 .PHONY: demo test lint bench wheel clean gpu gpu-build $(GPU_PARTS)
 
@@ -58,7 +58,11 @@ gpu-build: $(INSTALLED)
 	@$(PY) -c 'import torch; torch.cuda.is_available() or exit("make gpu: torch sees no CUDA device")'
 
 gpu-test: gpu-build
-	timeout 120 $(PY) -m pytest tests/gpu -q $(ARGS)
+	timeout 120 $(PY) -m pytest tests/gpu -q --ignore=tests/gpu/test_attention.py $(ARGS)
+
+# Apart, since Triton compiles nearly every case anew, which may take longer than this.
+gpu-attention: gpu-build
+	timeout 90 $(PY) -m pytest tests/gpu/test_attention.py -v $(ARGS)
 
 gpu-exchange: gpu-build
 	timeout 60 $(PY) -m bench.gpu.exchange
