@@ -281,6 +281,14 @@ def decide(call: RecurrenceCall, backend: str) -> str:
 
 def _key(call: RecurrenceCall, backend: str) -> tuple[Any, ...] | None:
     """All that `check` and `choose` look at, or None where that is more than shapes and types."""
+    if call.weight_hr is not None or call.batch_sizes is not None or not call.is_plain():
+        return None
+    tensors = (call.x, call.weight_ih, call.weight_hh, call.bias_ih, call.bias_hh, call.h0, call.c0)
+    return key_of(tensors, [call.cell, backend])
+
+
+def key_of(tensors: Sequence[Tensor | None], key: list[Any]) -> tuple[Any, ...] | None:
+    """The key and what a back end's choice depends on of these tensors; None where more than that counts."""
     if (
         torch.compiler.is_compiling()
         or backends.recording()
@@ -290,13 +298,9 @@ def _key(call: RecurrenceCall, backend: str) -> tuple[Any, ...] | None:
         or torch._C._get_tracing_state() is not None
         or torch.is_autocast_enabled("cpu")
         or torch.is_autocast_enabled("cuda")
-        or call.weight_hr is not None
-        or call.batch_sizes is not None
-        or not call.is_plain()
     ):
         return None
-    key: list[Any] = [call.cell, backend]
-    for tensor in (call.x, call.weight_ih, call.weight_hh, call.bias_ih, call.bias_hh, call.h0, call.c0):
+    for tensor in tensors:
         if tensor is None:
             key.append(None)
         elif type(tensor) in (Tensor, torch.nn.Parameter):
