@@ -7,25 +7,32 @@ namespace fastrnn::cpu {
 
 namespace {
 
-std::vector<const Kernels*> available() {
-  std::vector<const Kernels*> all;
+// The kernels of all operators for one instruction set.
+struct Isa {
+  const Kernels* recurrence;
+  const AttentionKernels* attention;
+  TopKKernel top_k;
+};
+
+std::vector<Isa> available() {
+  std::vector<Isa> all;
 #ifdef FASTRNN_X86
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-    all.push_back(&kernels_avx512());
-  if (avx2) all.push_back(&kernels_avx2());
+    all.push_back({&kernels_avx512(), &attention_avx512(), top_k_avx512});
+  if (avx2) all.push_back({&kernels_avx2(), &attention_avx2(), top_k_avx2});
 #endif
-  all.push_back(&kernels_portable());
+  all.push_back({&kernels_portable(), &attention_portable(), top_k_portable});
   return all;
 }
 
-const Kernels*& current() {
-  static const Kernels* chosen = [] {
+Isa& current() {
+  static Isa chosen = [] {
     const char* cap = std::getenv("FASTRNN_CPU_ISA");
-    for (const Kernels* kernels : available())
-      if (cap == nullptr || *cap == '\0' || std::string(cap) == kernels->isa) return kernels;
+    for (const Isa& isa : available())
+      if (cap == nullptr || *cap == '\0' || std::string(cap) == isa.recurrence->isa) return isa;
     return available().front();
   }();
   return chosen;
@@ -35,11 +42,11 @@ const Kernels*& current() {
 
 std::vector<std::string> available_isas() {
   std::vector<std::string> names;
-  for (const Kernels* kernels : available()) names.push_back(kernels->isa);
+  for (const Isa& isa : available()) names.push_back(isa.recurrence->isa);
   return names;
 }
 
-const Kernels& kernels() { return *current(); }
+const Kernels& kernels() { return *current().recurrence; }
 
 const Kernels* kernels_bf16() {
 #ifdef FASTRNN_X86
@@ -48,26 +55,14 @@ const Kernels* kernels_bf16() {
   return nullptr;
 }
 
-const AttentionKernels& attention_kernels() {
-#ifdef FASTRNN_X86
-  if (&kernels() == &kernels_avx512()) return attention_avx512();
-  if (&kernels() == &kernels_avx2()) return attention_avx2();
-#endif
-  return attention_portable();
-}
+const AttentionKernels& attention_kernels() { return *current().attention; }
 
-TopKKernel top_k_kernel() {
-#ifdef FASTRNN_X86
-  if (&kernels() == &kernels_avx512()) return top_k_avx512;
-  if (&kernels() == &kernels_avx2()) return top_k_avx2;
-#endif
-  return top_k_portable;
-}
+TopKKernel top_k_kernel() { return current().top_k; }
 
 void use_isa(const std::string& name) {
-  for (const Kernels* kernels : available())
-    if (name == kernels->isa) {
-      current() = kernels;
+  for (const Isa& isa : available())
+    if (name == isa.recurrence->isa) {
+      current() = isa;
       return;
     }
   throw std::invalid_argument("instruction set must be one that this machine can run, got '" + name + "'");

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -152,6 +153,10 @@ def kernel_reasons(tensors: dict[str, Tensor]) -> list[str]:
     if torch._C._get_tracing_state() is not None:
         reasons.append("torch.jit.trace is at work, which records torch's own operators only")
     return reasons
+
+
+def wants_gradients(tensors: Iterable[Tensor | None]) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def is_plain(cls: type[Tensor]) -> bool:

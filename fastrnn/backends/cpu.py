@@ -14,7 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from fastrnn.backends import native
 from fastrnn.backends.call import RecurrenceCall, is_plain
 from fastrnn.backends.native import CELL_INDEX
-from fastrnn.backends.tensors import address, like_rows, new_gradients, time_strides, with_unit_stride
+from fastrnn.backends.tensors import address, as_float32, like_rows, new_gradients, time_strides, with_unit_stride
 from fastrnn.reference import CELLS, keep_scale
 
 _GATES = {cell: CELLS[cell.removesuffix("_reset_before")].gates for cell in CELL_INDEX}
@@ -74,11 +74,6 @@ def _has_kernels(dtype: torch.dtype) -> bool:
 
 def _widened(arguments: tuple[Any, ...]) -> list[Any]:
     return [a.float() if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments]
-
-
-def _state(tensor: Tensor | None) -> Tensor | None:
-    """A state, bias or mask as the kernels take it."""
-    return None if tensor is None else tensor.to(torch.float32).contiguous()
 
 
 def _batch(x: Tensor, batch_sizes: Tensor | None) -> int:
@@ -251,7 +246,7 @@ def forward(
     h_n = x.new_empty(batch, outputs, dtype=torch.float32)
     c_n = x.new_empty((batch, hidden) if lstm else 0, dtype=torch.float32)
     *others, weight_hr = parameters
-    others = [_state(parameter) for parameter in others]
+    others = [as_float32(parameter) for parameter in others]
     sizes = library.saved_sizes(CELL_INDEX[cell], rows, hidden, expected, _has_norms(parameters))
     saved = workspace(x, (sum(sizes) if save else 0,))
     if lstm and cell_states:
@@ -265,7 +260,7 @@ def forward(
     # Without gradients the weights usually stand still, so that a checksum is worth its time; training changes them, if
     # not from step to step.
     reuse = not save or x.shape[0] == 1
-    bias_ih, bias_hh, h0, c0, recurrent_mask = map(_state, (bias_ih, bias_hh, h0, c0, recurrent_mask))
+    bias_ih, bias_hh, h0, c0, recurrent_mask = map(as_float32, (bias_ih, bias_hh, h0, c0, recurrent_mask))
     threads = torch.get_num_threads()
 
     if is_step(cell, x, parameters, lengths, batch_sizes, recurrent_mask, zoneout):
@@ -338,14 +333,14 @@ def backward(
     x = with_unit_stride(x)
     batch = _batch(x, batch_sizes)
     *others, weight_hr = parameters
-    others = [_state(parameter) for parameter in others]
+    others = [as_float32(parameter) for parameter in others]
     gradients = new_gradients(x, weight_hh, hidden, batch, needs, torch.float32, torch.float32)
     if batch == 0:
         zeros = tuple(x.new_empty(0) if gradient is None else gradient.zero_() for gradient in gradients)
         return _narrowed(zeros, x.dtype, weight_hh.dtype)
     dy, dc_all = (None if t is None else with_unit_stride(t) for t in (dy, dc_all))
     dc_all = None if dc_all is None else dc_all.float()
-    dh_n, dc_n, h0, c0, recurrent_mask = map(_state, (dh_n, dc_n, h0, c0, recurrent_mask))
+    dh_n, dc_n, h0, c0, recurrent_mask = map(as_float32, (dh_n, dc_n, h0, c0, recurrent_mask))
     dx, dh0, dc0 = gradients[0], gradients[5], gradients[6]
     threads = torch.get_num_threads()
 

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from fastrnn.backends import native
 from fastrnn.backends.attention.cpu import DTYPES, Inputs
-from fastrnn.backends.call import kernel_reasons, place_reasons
+from fastrnn.backends.call import kernel_reasons, place_reasons, wants_gradients
 from fastrnn.backends.cpu import outer_product, packed_weight, workspace
 from fastrnn.backends.native import CELL_INDEX
-from fastrnn.backends.tensors import address
+from fastrnn.backends.tensors import address, as_float32
 from fastrnn.reference import CELLS, LayerWeights
 
 
@@ -56,7 +56,7 @@ class DecoderCall:
             reasons.append("tensors of several dtypes")
         if self.x.numel() == 0 or self.keys.numel() == 0 or self.h0.numel() == 0:
             reasons.append("an empty tensor")
-        if self.x.shape[1] != self.keys.shape[0] and self._wants_gradients():
+        if self.x.shape[1] != self.keys.shape[0] and wants_gradients(self.inputs()):
             reasons.append("gradients where several sequences share a memory")
         return reasons
 
@@ -65,16 +65,9 @@ class DecoderCall:
         dtype = str(self.x.dtype).removeprefix("torch.")
         return f"decoder loop, {layers} x {self.cell} of {hidden}, {batch}x{steps} steps, {dtype}"
 
-    def _wants_gradients(self) -> bool:
-        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in self.inputs())
-
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 INPUT_COUNT = 8  # of DecoderCall.inputs, before those of the layers
-
-
-def _float(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.float().contiguous()
 
 
 class _Loop:
@@ -83,12 +76,13 @@ class _Loop:
     def __init__(self, cell: str, x: Tensor, h0: Tensor, keys: Tensor, attention: Inputs, dropout_mask: Any) -> None:
         library: Any = native.load()
         self.library, self.native = library, library.Decoder()
+        self.lstm = cell == "lstm"
         self.cell, self.gates = cell, CELLS[cell.removesuffix("_reset_before")].gates
         self.steps, self.batch, self.fed = x.shape
         self.count, _, self.hidden = h0.shape
         self.kept: list[Any] = []
         self.attention = attention
-        self.dropout_mask = _float(dropout_mask)
+        self.dropout_mask = as_float32(dropout_mask)
         native_loop = self.native
         native_loop.cell, native_loop.steps, native_loop.batch = CELL_INDEX[cell], self.steps, self.batch
         native_loop.hidden_size, native_loop.context_size = self.hidden, attention.sizes[4]
@@ -105,9 +99,19 @@ class _Loop:
         self.kept.append(tensor)
         return address(tensor)
 
-    def layer(self, weights: Sequence[Tensor | None], backward: bool, reuse: bool) -> Any:
-        """A native layer with packed weights."""
-        weight_ih, weight_hh, bias_ih, bias_hh = weights
+    def layer(
+        self,
+        index: int,
+        weights: Sequence[Tensor | None],  # of all layers
+        inputs: Sequence[Tensor],
+        h: Tensor,
+        c: Tensor,
+        saved: Tensor,
+        backward: bool,
+        reuse: bool,
+    ) -> Any:
+        """A native layer with packed weights, and with what the forward pass fills and the backward pass reads."""
+        weight_ih, weight_hh, bias_ih, bias_hh = weights[4 * index :][:4]
         assert weight_ih is not None and weight_hh is not None
         layer = self.library.DecoderLayer()
         layer.input_size = weight_ih.shape[1]
@@ -115,7 +119,12 @@ class _Loop:
             packed = packed_weight(weight, torch.float32, self.cell, self.gates, hidden, backward, reuse)
             self.kept.append(packed)
             setattr(layer, name, packed.address(backward))
-        layer.bias_ih, layer.bias_hh = self.at(_float(bias_ih)), self.at(_float(bias_hh))
+        layer.bias_ih, layer.bias_hh = self.at(as_float32(bias_ih)), self.at(as_float32(bias_hh))
+        layer.x, layer.h = inputs[index].data_ptr(), h[index].data_ptr()
+        layer.c = c[index].data_ptr() if self.lstm else 0
+        layer.saved = saved[index].data_ptr() if saved.numel() else 0
+        if self.dropout_mask is not None and index + 1 < self.count:
+            layer.mask = self.dropout_mask[index].data_ptr()
         return layer
 
     def pack_query(self, weight: Tensor | None, backward: bool, reuse: bool) -> None:
@@ -186,8 +195,7 @@ def forward(
     query = keys.new_empty(keys.shape[0], x.shape[1] // keys.shape[0], keys.shape[2])
     arguments = (query, keys, values, v, None, None, factors, lengths, mask, False, scale, normalize)
     loop = _Loop(cell, x, h0, keys, Inputs(True, *arguments), dropout_mask)
-    steps, batch, count = loop.steps, loop.batch, loop.count
-    lstm = cell == "lstm"
+    steps, batch = loop.steps, loop.batch
     empty = functools.partial(workspace, x)  # The user gets copies.
     outputs = _new_outputs(cell, x, h0, context0, query_weight, keys, loop.weights_shape, save, empty)
     h, c, contexts, weighting, queries, inputs, saved = outputs
@@ -197,16 +205,9 @@ def forward(
     parts = _parts(inputs, steps, batch, _sizes(x, h0, context0.shape[1]))
     parts[0][..., : loop.fed] = x
     parts[0][0, :, loop.fed :] = context0
-    layers = []
-    for index in range(count):
-        layer = loop.layer(weights[4 * index :][:4], False, not save)
-        layer.x, layer.h = parts[index].data_ptr(), h[index].data_ptr()
-        layer.c = c[index].data_ptr() if lstm else 0
-        layer.saved = saved[index].data_ptr() if saved.numel() else 0
-        if loop.dropout_mask is not None and index + 1 < count:
-            layer.mask = loop.dropout_mask[index].data_ptr()
-        layers.append(layer)
-    loop.native.layers = layers
+    loop.native.layers = [
+        loop.layer(index, weights, parts, h, c, saved, False, not save) for index in range(loop.count)
+    ]
     loop.pack_query(query_weight, False, not save)
     loop.native.query, loop.native.context = queries.data_ptr(), contexts.data_ptr()
     loop.native.weights = weighting.data_ptr()
@@ -252,7 +253,6 @@ def backward(
     attention = Inputs(True, query, keys, values, v, None, None, factors, lengths, mask, False, scale, normalize)
     loop = _Loop(cell, x, h0, keys, attention, dropout_mask)
     steps, batch, hidden, count = loop.steps, loop.batch, loop.hidden, loop.count
-    lstm = cell == "lstm"
     sizes = _sizes(x, h0, contexts.shape[2])
     parts = _parts(inputs, steps, batch, sizes)
     dinputs = workspace(x, inputs.shape)
@@ -262,28 +262,23 @@ def backward(
     dstates[-1] = 0 if dh is None else dh
     if dh_n is not None:
         dstates[:, -1] += dh_n
-    dcells = h.new_empty((count, steps, batch, hidden) if lstm else 0)
-    if lstm:
+    dcells = h.new_empty((count, steps, batch, hidden) if loop.lstm else 0)
+    if loop.lstm:
         dcells[:, -1] = 0 if dc_n is None else dc_n
-    dcontext = torch.zeros_like(contexts) if dcontexts is None else dcontexts.float().contiguous().clone()
-    dweights = _float(dweights)
+    dcontext = torch.empty_like(contexts)
+    dcontext.zero_() if dcontexts is None else dcontext.copy_(dcontexts)
+    dweights = as_float32(dweights)
     dquery = h.new_empty(steps, batch, keys.shape[2])
     dh0, dc0 = (h.new_empty(count, batch, hidden) for _ in range(2))
     found: list[Tensor | None] = [None] * len(needs)
     layers = []
     for index in range(count):
-        own = weights[4 * index :][:4]
-        layer = loop.layer(own, True, False)
-        layer.x, layer.h = parts[index].data_ptr(), h[index].data_ptr()
-        layer.saved = saved[index].data_ptr() if saved.numel() else 0
+        layer = loop.layer(index, weights, parts, h, c, saved, True, False)
         layer.dh, layer.dx, layer.dh0 = (t.data_ptr() for t in (dstates[index], dparts[index], dh0[index]))
-        if lstm:
-            layer.c, layer.dc, layer.dc0 = (t.data_ptr() for t in (c[index], dcells[index], dc0[index]))
-        if loop.dropout_mask is not None and index + 1 < count:
-            layer.mask = loop.dropout_mask[index].data_ptr()
-        for position, name in enumerate(("dweight_ih", "dweight_hh", "dbias_ih", "dbias_hh")):
-            at = INPUT_COUNT + 4 * index + position
-            weight = own[position]
+        if loop.lstm:
+            layer.dc, layer.dc0 = dcells[index].data_ptr(), dc0[index].data_ptr()
+        for position, name in enumerate(("dweight_ih", "dweight_hh", "dbias_ih", "dbias_hh"), 4 * index):
+            at, weight = INPUT_COUNT + position, weights[position]
             if needs[at] and weight is not None:
                 gradient = found[at] = h.new_empty(weight.shape)
                 setattr(layer, name, gradient.data_ptr())
@@ -307,7 +302,7 @@ def backward(
     loop.library.decoder_backward(loop.native, torch.get_num_threads())
 
     found[0] = dparts[0][..., : loop.fed]
-    found[1], found[2] = dh0, dc0 if lstm else None
+    found[1], found[2] = dh0, dc0 if loop.lstm else None
     # A copy, since a single row of dparts would be contiguous: results of an operator must not share memory.
     found[3] = dparts[0][0, :, loop.fed :].clone(memory_format=torch.contiguous_format)
     if needs[4] and query_weight is not None:

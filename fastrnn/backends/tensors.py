@@ -18,6 +18,11 @@ def time_strides(sequence: Tensor) -> tuple[int, int]:
     return (sequence.stride(0), sequence.stride(1)) if sequence.dim() == 3 else (0, sequence.stride(0))
 
 
+def as_float32(tensor: Tensor | None) -> Tensor | None:
+    """Contiguous, as the CPU kernels take states, biases, masks and parameters of options."""
+    return None if tensor is None else tensor.to(torch.float32).contiguous()
+
+
 def with_unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 

@@ -114,9 +114,7 @@ class MemoryAttention(Attention):
             lengths: [B] integers in 0..Tk, as in :meth:`forward`.
         """
         self._check_memory(memory)
-        call = AttentionCall(memory[:, :0], memory, lengths=lengths)
-        check(call)
-        return self._prepare(memory, call.lengths, None, memory[:, :0])
+        return self._prepare(memory, checked_lengths(memory, lengths), None, memory[:, :0])
 
     def _check_memory(self, memory: Tensor) -> None:
         if not isinstance(memory, Tensor):
@@ -679,6 +677,13 @@ class SelfAttention(Attention):
             if weights is not None:
                 weights = weights.masked_fill(padding if heads == 1 else padding.unsqueeze(1), 0)
         return context, weights, None
+
+
+def checked_lengths(memory: Tensor, lengths: Tensor | None) -> Tensor | None:
+    """Lengths that are known to fit the memory, where the kernels want them."""
+    call = AttentionCall(memory[:, :0], memory, lengths=lengths)
+    check(call)
+    return call.lengths
 
 
 def _parameter(*shape: int, device: Any, dtype: Any) -> torch.nn.Parameter:

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastrnn import backends
 from fastrnn.backends import AttentionCall
 from fastrnn.backends.decoder import DecoderCall
-from fastrnn.nn.attention import MemoryAttention, PreparedMemory
+from fastrnn.nn.attention import MemoryAttention, PreparedMemory, checked_lengths
 from fastrnn.nn.options import WithOptions, check_backend
 from fastrnn.nn.rnn import GRU, LSTM, RNN
 from fastrnn.ops.attention import check
@@ -238,9 +238,7 @@ class AttentionDecoder(torch.nn.Module):
         elif lengths is None:
             prepared = memory
         else:
-            call = AttentionCall(tensor[:, :0], tensor, lengths=lengths)
-            check(call)
-            prepared = memory._replace(lengths=call.lengths)
+            prepared = memory._replace(lengths=checked_lengths(tensor, lengths))
         if prepared.memory.shape[-1] != self.memory_size:
             raise ValueError(
                 f"memory must have vectors of size {self.memory_size}, got shape {tuple(prepared.memory.shape)}"

@@ -11,8 +11,9 @@ from torch import Tensor
 from fastrnn import backends
 from fastrnn.backends import AttentionCall
 from fastrnn.backends.attention import aten, cpu, reference, triton
+from fastrnn.backends.call import wants_gradients
 from fastrnn.ops.linear import matmul
-from fastrnn.ops.recurrence import key_of
+from fastrnn.ops.shared import differentiable_gradients, key_of, remember, use_registered_op
 
 SCORES = ("dot", "scaled_dot", "general", "additive", "location")
 NORMALIZATIONS = ("softmax", "length")
@@ -109,10 +110,7 @@ def attention(
     shape = query.shape[:2]
     if picked is None:
         picked = decide(call, backend)
-        if key is not None:
-            if len(_decided) >= 1024:
-                _decided.clear()
-            _decided[key] = picked
+        remember(_decided, key, picked)
     else:
         _check_lengths(call)
         _fold(call)
@@ -228,7 +226,7 @@ def _check_lengths(call: AttentionCall) -> None:
             f"lengths must be int64 or int32 of shape {(memories,)}, got {lengths.dtype} {tuple(lengths.shape)}"
         )
     # Values are looked at on the CPU only: on a GPU that would stop the host, so the kernels clamp them there.
-    if lengths.device.type == "cpu" and memories and not _use_registered_op() and not backends.transforming():
+    if lengths.device.type == "cpu" and memories and not use_registered_op() and not backends.transforming():
         low, high = (int(bound) for bound in lengths.aminmax())
         if low < 0 or high > count:
             raise ValueError(f"lengths must lie in 0..{count}, got values in {low}..{high}")
@@ -278,7 +276,7 @@ def run_on(call: AttentionCall, picked: str) -> Result:
         dtype = torch.get_autocast_dtype(device)
         inputs = tuple(None if tensor is None else tensor.to(dtype) for tensor in inputs)
     options = (call.factors, call.lengths, call.mask, call.causal, call.scale, call.normalize)
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs):
+    if wants_gradients(inputs):
         context, weights = _Attention.apply(picked, call.need_weights, *inputs, *options)
         return context, weights
     context, weights = _forward(picked, *inputs, *options)
@@ -299,49 +297,26 @@ class _Attention(torch.autograd.Function):
         *tensors, weights = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[2 : 2 + _INPUT_COUNT])
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            found = _differentiable_gradients(tensors, ctx.scalars, gradients, needs)
+            *inputs, _, lengths, mask = tensors
+            options = (None, lengths, mask, *ctx.scalars)
+
+            def run(inputs: list[Any]) -> Result:
+                query, keys, values, v, features, feature_weight = inputs
+                return reference.run(AttentionCall(query, keys, values, v, features, feature_weight, *options))
+
+            found = differentiable_gradients(run, inputs, gradients, needs)
         else:
             all_found = _backward(ctx.backend, *gradients, *tensors, weights, *ctx.scalars, needs)
             found = [gradient if need else None for gradient, need in zip(all_found, needs, strict=True)]
         return None, None, *found, *[None] * 6
 
 
-def _differentiable_gradients(
-    tensors: list[Tensor | None], scalars: tuple[Any, ...], gradients: tuple[Tensor | None, ...], needs: list[bool]
-) -> list[Tensor | None]:
-    """The gradients as differentiable functions of everything (create_graph=True): by way of the reference."""
-    *given, _, lengths, mask = tensors
-    options = (None, lengths, mask, *scalars)
-    with torch.enable_grad():
-        # Views, since one input may depend on another, as projected keys do on the values.
-        inputs = [None if tensor is None else tensor.view_as(tensor) for tensor in given]
-        query, keys, values, v, features, feature_weight = inputs
-        assert query is not None and keys is not None
-        outputs = reference.run(AttentionCall(query, keys, values, v, features, feature_weight, *options))
-        # The weights do not depend on the values.
-        pairs = [(o, g) for o, g in zip(outputs, gradients, strict=True) if g is not None and o.requires_grad]
-        if not pairs:
-            return [None] * len(needs)
-        wanted = [tensor for tensor, need in zip(inputs, needs, strict=True) if need and tensor is not None]
-        found = iter(
-            torch.autograd.grad(
-                [o for o, _ in pairs], wanted, [g for _, g in pairs], create_graph=True, allow_unused=True
-            )
-        )
-    return [next(found) if need else None for need in needs]
-
-
-def _use_registered_op() -> bool:
-    """Under torch.compile, export and dispatch modes (fake tensors, FLOP counters) the registered op must be seen."""
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-
-
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:
-    return torch.ops.fastrnn.attention_forward(*args) if _use_registered_op() else _launch_forward(*args)
+    return torch.ops.fastrnn.attention_forward(*args) if use_registered_op() else _launch_forward(*args)
 
 
 def _backward(*args: Any) -> tuple[Tensor, ...]:
-    return torch.ops.fastrnn.attention_backward(*args) if _use_registered_op() else _launch_backward(*args)
+    return torch.ops.fastrnn.attention_backward(*args) if use_registered_op() else _launch_backward(*args)
 
 
 def _launch_forward(backend: str, *args: Any) -> tuple[Tensor, Tensor]:

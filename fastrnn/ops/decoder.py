@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,8 +10,9 @@ from torch import Tensor
 
 from fastrnn import reference
 from fastrnn.backends import decoder
+from fastrnn.backends.call import wants_gradients
 from fastrnn.backends.decoder import INPUT_COUNT, DecoderCall
-from fastrnn.ops.attention import _use_registered_op
+from fastrnn.ops.shared import differentiable_gradients, use_registered_op
 
 Result = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]
 
@@ -25,7 +27,7 @@ def run_loop(call: DecoderCall, backend: str) -> Result:
     if backend == "reference":
         return _reference(call.cell, inputs, (call.lengths, call.mask, call.dropout_mask), (call.scale, call.normalize))
     others = (call.factors, call.lengths, call.mask, call.dropout_mask, call.scale, call.normalize)
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs):
+    if wants_gradients(inputs):
         h, contexts, weights, h_n, c_n = _Decoder.apply(call.cell, *others, *inputs)
         return h, contexts, weights, h_n, c_n
     return _results(_forward(call.cell, *_arguments(inputs), *others, False), call.x.dtype)
@@ -44,7 +46,7 @@ def _results(outputs: tuple[Tensor, ...], dtype: torch.dtype) -> Result:
 
 
 def _reference(
-    cell: str, inputs: tuple[Tensor | None, ...], options: tuple[Tensor | None, ...], scalars: tuple[float, str]
+    cell: str, inputs: Sequence[Tensor | None], options: tuple[Tensor | None, ...], scalars: tuple[float, str]
 ) -> Result:
     arguments: list[Any] = list(inputs[:INPUT_COUNT])
     layers = [inputs[at : at + 4] for at in range(INPUT_COUNT, len(inputs), 4)]
@@ -90,7 +92,11 @@ class _Decoder(torch.autograd.Function):
         inputs, options, outputs = tensors[: ctx.count], tensors[ctx.count : ctx.count + 4], tensors[ctx.count + 4 :]
         needs = list(ctx.needs_input_grad[7:])
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            found = _differentiable_gradients(ctx.cell, inputs, options, ctx.scalars, gradients, needs)
+
+            def run(inputs: list[Any]) -> Result:
+                return _reference(ctx.cell, inputs, options[1:], ctx.scalars)
+
+            found = differentiable_gradients(run, inputs, gradients, needs)
         else:
             x, h0, _, _, *others = _arguments(inputs)
             arguments = (*gradients, ctx.cell, x, h0, *others, *options, *ctx.scalars, *outputs, needs)
@@ -98,42 +104,12 @@ class _Decoder(torch.autograd.Function):
         return *[None] * 7, *found
 
 
-def _differentiable_gradients(
-    cell: str,
-    inputs: tuple[Tensor | None, ...],
-    options: tuple[Tensor | None, ...],
-    scalars: tuple[float, str],
-    gradients: tuple[Tensor | None, ...],
-    needs: list[bool],
-) -> list[Tensor | None]:
-    """The gradients as differentiable functions of everything (create_graph=True): by way of the reference."""
-    with torch.enable_grad():
-        # Views, since one input may depend on another, as projected keys do on the values.
-        inputs = tuple(None if tensor is None else tensor.view_as(tensor) for tensor in inputs)
-        outputs = _reference(cell, inputs, options[1:], scalars)
-        # A result may depend on nothing that needs a gradient: h_1 does not on the memory.
-        pairs = [
-            (o, g)
-            for o, g in zip(outputs, gradients, strict=True)
-            if o is not None and o.requires_grad and g is not None
-        ]
-        if not pairs:
-            return [None] * len(needs)
-        wanted = [tensor for tensor, need in zip(inputs, needs, strict=True) if need and tensor is not None]
-        found = iter(
-            torch.autograd.grad(
-                [o for o, _ in pairs], wanted, [g for _, g in pairs], create_graph=True, allow_unused=True
-            )
-        )
-    return [next(found) if need else None for need in needs]
-
-
 def _forward(*args: Any) -> tuple[Tensor, ...]:
-    return torch.ops.fastrnn.decoder_forward(*args) if _use_registered_op() else decoder.forward(*args)
+    return torch.ops.fastrnn.decoder_forward(*args) if use_registered_op() else decoder.forward(*args)
 
 
 def _backward(*args: Any) -> list[Tensor]:
-    return torch.ops.fastrnn.decoder_backward(*args) if _use_registered_op() else decoder.backward(*args)
+    return torch.ops.fastrnn.decoder_backward(*args) if use_registered_op() else decoder.backward(*args)
 
 
 _TENSORS = "Tensor? query_weight, Tensor keys, Tensor? values, Tensor? v, Tensor?[] weights, "

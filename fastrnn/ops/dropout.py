@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastrnn import reference
 from fastrnn.backends import cpu, transforming
-from fastrnn.ops.recurrence import _use_registered_op
+from fastrnn.ops.shared import use_registered_op
 
 
 def dropout(x: Tensor, probability: float, seed: int | Tensor) -> Tensor:
@@ -53,7 +53,7 @@ def _run(x: Tensor, probability: float, seed: int) -> Tensor:
         return reference.dropout(x, probability, seed)
     if torch.is_grad_enabled() and x.requires_grad:
         return _Dropout.apply(x, probability, seed)
-    return torch.ops.fastrnn.dropout(x, probability, seed) if _use_registered_op() else _launch(x, probability, seed)
+    return torch.ops.fastrnn.dropout(x, probability, seed) if use_registered_op() else _launch(x, probability, seed)
 
 
 def _only_reference(x: Tensor) -> bool:

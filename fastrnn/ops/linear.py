@@ -12,7 +12,7 @@ from fastrnn.backends import native, transform_reasons
 from fastrnn.backends.call import is_plain
 from fastrnn.backends.cpu import outer_product, packed_weight
 from fastrnn.backends.tensors import with_unit_stride
-from fastrnn.ops.recurrence import _use_registered_op
+from fastrnn.ops.shared import use_registered_op
 
 # Multiply-adds below which torch's operator, which costs less per call, is as fast.
 _SMALL = 2**20
@@ -33,7 +33,7 @@ def matmul(x: Tensor, weight: Tensor) -> Tensor:
 
 def _has_kernels(x: Tensor, weight: Tensor, depth: int) -> bool:
     return (
-        not _use_registered_op()
+        not use_registered_op()
         and native.load() is not None
         and x.is_cpu
         and weight.is_cpu
@@ -74,8 +74,7 @@ class _Product(torch.autograd.Function):
 def _multiply(x: Tensor, weight: Tensor, transposed: bool, reuse: bool) -> Tensor:
     """x W^T, or x W."""
     columns, depth = weight.shape if transposed else weight.shape[::-1]
-    rows = x.reshape(-1, depth)
-    rows = with_unit_stride(rows)
+    rows = with_unit_stride(x.reshape(-1, depth))
     out = x.new_empty(*x.shape[:-1], columns)
     # The panels of x W^T are those of an RNN's forward pass, those of x W of its backward pass.
     packed = packed_weight(weight, torch.float32, "rnn_tanh", 1, False, not transposed, reuse)

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from fastrnn import backends
 from fastrnn.backends import Norm, RecurrenceCall, aten, cpu, cuda, gpu, reference
+from fastrnn.backends.call import wants_gradients
+from fastrnn.ops.shared import differentiable_gradients, key_of, remember, use_registered_op
 from fastrnn.reference import CELLS
 
 Result = tuple[Tensor, Tensor, Tensor | None]
@@ -251,7 +253,7 @@ def _check_options(call: RecurrenceCall, batch: int) -> None:
                 f"lengths must be int64 or int32 of shape {(batch,)}, got {lengths.dtype} {tuple(lengths.shape)}"
             )
         # Values are looked at on the CPU only: on a GPU that would stop the host, so the kernels clamp them there.
-        if lengths.device.type == "cpu" and batch and not _use_registered_op() and not backends.transforming():
+        if lengths.device.type == "cpu" and batch and not use_registered_op() and not backends.transforming():
             low, high = (int(bound) for bound in lengths.aminmax())
             if low < 0 or high > call.x.shape[0]:
                 raise ValueError(f"lengths must lie in 0..{call.x.shape[0]}, got values in {low}..{high}")
@@ -272,10 +274,7 @@ def decide(call: RecurrenceCall, backend: str) -> str:
     picked = None if key is None else _decided.get(key)
     if picked is None:
         picked = backends.choose(check(call), backend)
-        if key is not None:
-            if len(_decided) >= 1024:
-                _decided.clear()
-            _decided[key] = picked
+        remember(_decided, key, picked)
     return picked
 
 
@@ -287,29 +286,6 @@ def _key(call: RecurrenceCall, backend: str) -> tuple[Any, ...] | None:
     return key_of(tensors, [call.cell, backend])
 
 
-def key_of(tensors: Sequence[Tensor | None], key: list[Any]) -> tuple[Any, ...] | None:
-    """The key and what a back end's choice depends on of these tensors; None where more than that counts."""
-    if (
-        torch.compiler.is_compiling()
-        or backends.recording()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.autograd.forward_ad._current_level >= 0
-        or torch._C._get_tracing_state() is not None
-        or torch.is_autocast_enabled("cpu")
-        or torch.is_autocast_enabled("cuda")
-    ):
-        return None
-    for tensor in tensors:
-        if tensor is None:
-            key.append(None)
-        elif type(tensor) in (Tensor, torch.nn.Parameter):
-            key += (tensor.shape, tensor.dtype, tensor.device, tensor.layout)
-        else:
-            return None
-    return tuple(key)
-
-
 def run_step(call: RecurrenceCall, picked: str) -> tuple[Tensor, Tensor | None]:
     """As `run_on` for a single step, T = 1: h_n and c_n."""
     inputs = (call.x, call.weight_ih, call.weight_hh, call.bias_ih, call.bias_hh, call.h0, call.c0)
@@ -317,9 +293,9 @@ def run_step(call: RecurrenceCall, picked: str) -> tuple[Tensor, Tensor | None]:
         picked != "cpu"
         or call.x.dtype is not torch.float32
         or torch.is_autocast_enabled("cpu")
-        or _use_registered_op()
+        or use_registered_op()
         or not call.is_plain()
-        or (torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs))
+        or wants_gradients(inputs)
     ):
         return run_on(call, picked)[1:3]
     h = call.x.new_empty(call.x.shape[1], call.weight_hh.shape[1])
@@ -338,7 +314,7 @@ def run_on(call: RecurrenceCall, picked: str) -> BackendResult:
     if picked == "reference":
         return reference.run(call)
     cell, inputs, options = _prepare(call, picked)
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs):
+    if wants_gradients(inputs):
         y, h_n, c_n, c_all = _Recurrence.apply(picked, cell, call.return_cell_states, *inputs, *options)
     else:
         arguments = _forward_arguments(cell, inputs, options, False, call.return_cell_states)
@@ -382,12 +358,12 @@ def _finish(call: RecurrenceCall, y: Tensor, h_n: Tensor, c_n: Tensor, c_all: Te
 
 def run_together(calls: Sequence[RecurrenceCall], picked: Sequence[str]) -> list[BackendResult]:
     """`run_on` for the directions of a layer; at the same time where the back end can."""
-    together = len(calls) == 2 and all(name == "cuda" for name in picked) and not _use_registered_op()
+    together = len(calls) == 2 and all(name == "cuda" for name in picked) and not use_registered_op()
     if not together or not _are_alike(*calls) or not cuda.fits(calls[0], 2):
         return [run_on(call, name) for call, name in zip(calls, picked)]
     prepared = [_prepare(call, "cuda") for call in calls]
     cell, cell_states = prepared[0][0], calls[0].return_cell_states
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for _, inputs, _ in prepared for t in inputs):
+    if any(wants_gradients(inputs) for _, inputs, _ in prepared):
         arguments = [argument for _, inputs, options in prepared for argument in (*inputs, *options)]
         outputs = _Directions.apply(cell, cell_states, *arguments)
         results = [outputs[:4], outputs[4:]]
@@ -410,17 +386,12 @@ def _autocast(inputs: tuple[Tensor | None, ...], dtype: torch.dtype) -> tuple[Te
     return (x, *weights, h0, c0, *inputs[7:])
 
 
-def _use_registered_op() -> bool:
-    """Under torch.compile, export and dispatch modes (fake tensors, FLOP counters) the registered op must be seen."""
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-
-
 def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return torch.ops.fastrnn.recurrence_forward(*args) if _use_registered_op() else _launch_forward(*args)
+    return torch.ops.fastrnn.recurrence_forward(*args) if use_registered_op() else _launch_forward(*args)
 
 
 def _backward(*args: Any) -> tuple[Tensor, ...]:
-    return torch.ops.fastrnn.recurrence_backward(*args) if _use_registered_op() else _launch_backward(*args)
+    return torch.ops.fastrnn.recurrence_backward(*args) if use_registered_op() else _launch_backward(*args)
 
 
 # The first argument is the back end's name: cpu's launchers are its own, those of gpu serve several.
@@ -473,7 +444,7 @@ class _Recurrence(torch.autograd.Function):
         y, h_n, c_n, saved, c_all = _forward(backend, *arguments)
         ctx.backend, ctx.cell, ctx.scalars = backend, cell, options[4:]
         # A copy of y, so that the caller may work on y in place as with torch.nn (0.2 % of a training step).
-        pooled = backend == "cpu" and not _use_registered_op()
+        pooled = backend == "cpu" and not use_registered_op()
         kept = cpu.workspace(y, y.shape, y.stride(), y.dtype).copy_(y) if pooled else y.clone()
         ctx.save_for_backward(*inputs, *options[:4], kept, saved, c_all)
         ctx.set_materialize_grads(False)
@@ -555,14 +526,12 @@ def _differentiable_gradients(
     gradients: tuple[Tensor | None, ...],
     needs: tuple[bool, ...],
 ) -> list[Tensor | None]:
-    """The gradients as differentiable functions of everything (create_graph=True): by way of the reference."""
-    *given, lengths, batch_sizes, resets, recurrent_mask = tensors
+    *inputs, lengths, batch_sizes, resets, recurrent_mask = tensors
     zoneout, zoneout_seed, reverse = scalars
-    with torch.enable_grad():
-        # Views, since one input may depend on another, as the state after one call depends on the weights of the next.
-        inputs = [None if tensor is None else tensor.view_as(tensor) for tensor in given]
-        dtype = cast(Tensor, inputs[0]).dtype  # under autocast the weights' is another
-        same = tuple(None if tensor is None else tensor.to(dtype) for tensor in inputs)
+
+    def run(inputs: list[Any]) -> BackendResult:
+        dtype = inputs[0].dtype  # under autocast the weights' is another
+        same = [None if tensor is None else tensor.to(dtype) for tensor in inputs]
         call = RecurrenceCall(
             cell.removesuffix("_reset_before"),
             *cast("tuple[Any, Any, Any, Any, Any, Any, Any]", same[:7]),
@@ -580,18 +549,12 @@ def _differentiable_gradients(
             zoneout_seed=zoneout_seed,
             reverse=reverse,
         )
-        outputs = reference.run(call)
-        pairs = [(o, g) for o, g in zip(outputs, gradients, strict=True) if o is not None and g is not None]
-        wanted = [tensor for tensor, need in zip(inputs, needs, strict=True) if need and tensor is not None]
-        found = iter(
-            torch.autograd.grad(
-                [o for o, _ in pairs], wanted, [g for _, g in pairs], create_graph=True, allow_unused=True
-            )
-        )
-    return [next(found) if need else None for need in needs]
+        return reference.run(call)
+
+    return differentiable_gradients(run, inputs, gradients, needs)
 
 
-def _norm(parameters: tuple[Tensor | None, ...]) -> Norm | None:
+def _norm(parameters: Sequence[Tensor | None]) -> Norm | None:
     weight, bias = parameters
     return None if weight is None or bias is None else (weight, bias)
 

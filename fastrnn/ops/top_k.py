@@ -10,7 +10,7 @@ from fastrnn.backends import native, transforming
 from fastrnn.backends.attention.cpu import DTYPES
 from fastrnn.backends.call import is_plain
 from fastrnn.backends.tensors import address, with_unit_stride
-from fastrnn.ops.recurrence import _use_registered_op
+from fastrnn.ops.shared import use_registered_op
 
 
 def top_k_log_softmax(
@@ -62,7 +62,7 @@ def top_k_log_softmax(
     logits, scores = logits.detach(), None if scores is None else scores.detach()
     if transforming():
         return reference.top_k_log_softmax(logits, k, scores, group_size)
-    if _use_registered_op():
+    if use_registered_op():
         values, indices = torch.ops.fastrnn.top_k_log_softmax(logits, k, scores, group_size)
         return values, indices
     return _launch(logits, k, scores, group_size)

@@ -23,10 +23,7 @@ def top_k_log_softmax(
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     kept = min(k, vocabulary)
     broken = logits.isnan()
-    # NaN after everything else: -inf with two sorts, the stable one by what is NaN last.
-    order = torch.sort(logits.masked_fill(broken, -torch.inf), dim=-1, descending=True, stable=True).indices
-    order = order.gather(1, torch.sort(broken.gather(1, order).to(torch.uint8), dim=-1, stable=True).indices)
-    tokens = order[:, :kept]
+    tokens = _best_first(logits)[:, :kept]
     best = logits.gather(1, tokens)
     values = best - torch.logsumexp(logits, -1, keepdim=True)
     if scores is not None:
@@ -36,7 +33,12 @@ def top_k_log_softmax(
     values, indices = (found.reshape(-1, group_size * kept) for found in (values, indices))
     order = torch.sort(indices, dim=-1, stable=True).indices
     values, indices = values.gather(1, order), indices.gather(1, order)
+    order = _best_first(values)[:, :k]
+    return values.gather(1, order), indices.gather(1, order)
+
+
+def _best_first(values: Tensor) -> Tensor:
+    """Indices that sort each row: the largest first, equal ones as they come, NaN after everything else."""
     broken = values.isnan()
     order = torch.sort(values.masked_fill(broken, -torch.inf), dim=-1, descending=True, stable=True).indices
-    order = order.gather(1, torch.sort(broken.gather(1, order).to(torch.uint8), dim=-1, stable=True).indices)[:, :k]
-    return values.gather(1, order), indices.gather(1, order)
+    return order.gather(1, torch.sort(broken.gather(1, order).to(torch.uint8), dim=-1, stable=True).indices)

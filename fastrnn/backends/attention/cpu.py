@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastrnn.backends import native
 from fastrnn.backends.attention.call import AttentionCall
-from fastrnn.backends.tensors import address, with_unit_stride
+from fastrnn.backends.tensors import address, as_float32, with_unit_stride
 
 # Number of csrc/cpu/attention.h. Those of 16 bits are computed in float32: the forward pass converts them memory by
 # memory, for the backward pass they are converted first.
@@ -35,10 +35,6 @@ def _rows(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else with_unit_stride(tensor.float())
 
 
-def _whole(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.float().contiguous()
-
-
 class Inputs:
     """The inputs of a call as the kernels take them, kept alive. `widen`: query, keys and values as float32."""
 
@@ -61,7 +57,7 @@ class Inputs:
         dtype = torch.float32 if widen else query.dtype
         self.query, self.keys = with_unit_stride(query.to(dtype)), with_unit_stride(keys.to(dtype))
         self.values = self.keys if values is None else with_unit_stride(values.to(dtype))
-        self.whole = tuple(map(_whole, (v, features, feature_weight)))
+        self.whole = tuple(map(as_float32, (v, features, feature_weight)))
         self.factors = None if factors is None else with_unit_stride(factors)
         self.lengths = None if lengths is None else lengths.contiguous()
         self.mask = mask
