@@ -13,6 +13,7 @@ from fastrnn.nn.attention import (
 from fastrnn.nn.cells import GRUCell, LSTMCell, RNNCell
 from fastrnn.nn.decoder import AttentionDecoder, DecoderState
 from fastrnn.nn.rnn import GRU, LSTM, RNN
+from fastrnn.nn.seq2seq import RecurrentState, Seq2Seq, TokenDecoder, TokenEncoder
 from fastrnn.nn.tracing import allow_tracing
 
 __all__ = [
@@ -31,7 +32,11 @@ __all__ = [
     "PositionalAttention",
     "PreparedMemory",
     "RNNCell",
+    "RecurrentState",
     "SelfAttention",
+    "Seq2Seq",
+    "TokenDecoder",
+    "TokenEncoder",
 ]
 
 allow_tracing()
