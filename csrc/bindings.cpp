@@ -625,10 +625,20 @@ PYBIND11_MODULE(_C, m) {
     attention_kernels().outer_product(rows, pointer(a), m, pointer(b), n, pointer(out), team_size(threads));
   });
   m.def("top_k_log_softmax", [](int number, int64_t groups, int64_t group_size, int64_t vocabulary, int64_t k,
-                                uintptr_t logits, int64_t stride, uintptr_t scores, uintptr_t values, uintptr_t indices,
-                                int threads) {
-    const TopK call{static_cast<Number>(number), groups, group_size,      vocabulary,      k,
-                    pointer<const void>(logits), stride, pointer(scores), pointer(values), pointer<int64_t>(indices)};
+                                uintptr_t logits, int64_t stride, uintptr_t scores, uintptr_t given, uintptr_t values,
+                                uintptr_t indices, uintptr_t normalizers, int threads) {
+    const TopK call{static_cast<Number>(number),
+                    groups,
+                    group_size,
+                    vocabulary,
+                    k,
+                    pointer<const void>(logits),
+                    stride,
+                    pointer(scores),
+                    pointer(given),
+                    pointer(values),
+                    pointer<int64_t>(indices),
+                    pointer(normalizers)};
     py::gil_scoped_release release;
     top_k_kernel()(call, team_size(threads));
   });

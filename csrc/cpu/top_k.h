@@ -12,8 +12,10 @@ struct TopK {
   const void* logits;                         // [groups * group_size, vocabulary]
   int64_t stride;                             // elements from row to row
   const float* scores;                        // [groups * group_size] or null
+  const float* given;                         // normalizers [groups * group_size], or null: log sum e^logit
   float* values;                              // [groups, k], best first
   int64_t* indices;                           // [groups, k]: row within the group * vocabulary + token
+  float* normalizers;                         // [groups * group_size]: what was subtracted; NaN for a row with NaN
 };
 
 using TopKKernel = void (*)(const TopK&, int threads);

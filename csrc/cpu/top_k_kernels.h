@@ -95,11 +95,11 @@ class Best {
 };
 
 struct BlockSum {
-  float largest, sum;  // sum of e^{x - largest}
+  float largest, sum;  // sum of e^{x - largest}, NaN where an x is
 };
 
-// One block of a row, whose first token is `first`.
-inline BlockSum read_block(const float* logits, int64_t count, int64_t first, Best& best) {
+// One block of a row, whose first token is `first`. Without `exponentials` the sum says whether there is NaN, no more.
+inline BlockSum read_block(const float* logits, int64_t count, int64_t first, bool exponentials, Best& best) {
   const Vec lowest = splat(-__builtin_inff());
   Vec most = lowest;
   for (int64_t i = 0; i < count; i += kLanes) {
@@ -116,10 +116,11 @@ inline BlockSum read_block(const float* logits, int64_t count, int64_t first, Be
   }
   float largest = most[0];
   for (int lane = 1; lane < kLanes; ++lane) largest = most[lane] > largest ? most[lane] : largest;
-  if (largest == -__builtin_inff()) {  // of -inf alone, or NaN among them
-    float sum = 0;
-    for (int64_t i = 0; i < count; ++i) sum += logits[i] == logits[i] ? 0.0f : logits[i];
-    return {largest, sum};
+  const float infinity = __builtin_inff();
+  if (!exponentials || largest == infinity || largest == -infinity) {
+    int32_t broken = 0;
+    for (int64_t i = 0; i < count; ++i) broken |= logits[i] != logits[i];
+    return {largest, broken ? __builtin_nanf("") : static_cast<float>(largest == infinity)};
   }
   Vec sums = {};
   int64_t i = 0;
@@ -143,7 +144,6 @@ inline float log_sum(const BlockSum* blocks, int64_t count) {
     const float shift = blocks[i].largest - largest;
     sum += blocks[i].largest == largest ? blocks[i].sum : blocks[i].sum * __builtin_exp(static_cast<double>(shift));
   }
-  if (largest == -__builtin_inff()) return sum == sum ? largest : static_cast<float>(sum);
   return largest + static_cast<float>(__builtin_log(sum));
 }
 
@@ -175,7 +175,7 @@ inline void top_k(const TopK& call, int threads) {
           widen(call.number, narrow, 0, 0, 1, count, widening.data() + begin * kBlock);
           logits = narrow.data;
         }
-        sums[row * blocks + block] = read_block(logits, count, first, best);
+        sums[row * blocks + block] = read_block(logits, count, first, call.given == nullptr, best);
       }
       found_counts[item] = best.sort();
     }
@@ -187,7 +187,10 @@ inline void top_k(const TopK& call, int threads) {
       Best best(reinterpret_cast<Candidate*>(merged.data()) + group * call.k, call.k);
       for (int64_t i = 0; i < call.group_size; ++i) {
         const int64_t row = group * call.group_size + i;
-        const float normalizer = log_sum(sums + row * blocks, blocks), score = call.scores ? call.scores[row] : 0.0f;
+        const float score = call.scores ? call.scores[row] : 0.0f;
+        float normalizer = log_sum(sums + row * blocks, blocks);
+        if (call.given && normalizer == normalizer) normalizer = call.given[row];
+        call.normalizers[row] = normalizer;
         for (int64_t item = row * parts; item < (row + 1) * parts; ++item)
           for (int64_t c = 0; c < found_counts[item]; ++c) {
             const Candidate& candidate = candidates[item * kept + c];

@@ -6,10 +6,7 @@ import torch
 from torch import Tensor
 
 from fastrnn import reference
-from fastrnn.backends import native, transforming
-from fastrnn.backends.attention.cpu import DTYPES
-from fastrnn.backends.call import is_plain
-from fastrnn.backends.tensors import address, with_unit_stride
+from fastrnn.backends import top_k, transforming
 from fastrnn.ops.shared import use_registered_op
 
 
@@ -59,49 +56,38 @@ def top_k_log_softmax(
             raise ValueError(f"scores must be {dtype} of shape {(rows,)}, got {scores.dtype} {tuple(scores.shape)}")
         if scores.device != logits.device:
             raise ValueError(f"scores must be on {logits.device}, got {scores.device}")
-    logits, scores = logits.detach(), None if scores is None else scores.detach()
-    if transforming():
-        return reference.top_k_log_softmax(logits, k, scores, group_size)
-    if use_registered_op():
-        values, indices = torch.ops.fastrnn.top_k_log_softmax(logits, k, scores, group_size)
-        return values, indices
-    return _launch(logits, k, scores, group_size)
-
-
-def _launch(logits: Tensor, k: int, scores: Tensor | None, group_size: int) -> tuple[Tensor, Tensor]:
-    library = native.load()
-    if library is None or not logits.is_cpu or logits.dtype not in DTYPES or not is_plain(type(logits)):
-        values, indices = reference.top_k_log_softmax(logits, k, scores, group_size)
-        return values.contiguous(), indices.contiguous()
-    groups = logits.shape[0] // group_size
-    logits = with_unit_stride(logits)
-    scores = None if scores is None else scores.contiguous()
-    values = logits.new_empty(groups, k, dtype=torch.float32)
-    indices = logits.new_empty(groups, k, dtype=torch.int64)
-    library.top_k_log_softmax(
-        DTYPES[logits.dtype],
-        groups,
-        group_size,
-        logits.shape[1],
-        k,
-        logits.data_ptr(),
-        logits.stride(0),
-        address(scores),
-        values.data_ptr(),
-        indices.data_ptr(),
-        torch.get_num_threads(),
-    )
+    values, indices, _ = select(logits.detach(), k, None if scores is None else scores.detach(), group_size)
     return values, indices
 
 
-def _fake(logits: Tensor, k: int, scores: Tensor | None, group_size: int) -> tuple[Tensor, Tensor]:
-    shape = (logits.shape[0] // group_size, k)
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    return logits.new_empty(shape, dtype=dtype), logits.new_empty(shape, dtype=torch.int64)
+def select(
+    logits: Tensor, k: int, scores: Tensor | None = None, group_size: int = 1, normalizers: Tensor | None = None
+) -> top_k.Results:
+    """As `top_k_log_softmax`, without checks, for steps of a search: nothing that is passed needs gradients.
+
+    Args:
+        normalizers: [G * K], in the dtype of the scores: what is subtracted in place of each row's logsumexp. The one
+            before tokens were banned; zeros where the logits are log-probabilities already.
+
+    Returns:
+        Values, indices, and the normalizers that were subtracted [G * K]: NaN for a row that has a NaN, -inf for a row
+        of nothing but -inf.
+    """
+    if transforming():
+        return reference.top_k_log_softmax(logits, k, scores, group_size, normalizers)
+    if use_registered_op():
+        values, indices, used = torch.ops.fastrnn.top_k_log_softmax(logits, k, scores, group_size, normalizers)
+        return values, indices, used
+    return top_k.launch(logits, k, scores, group_size, normalizers)
+
+
+def _fake(logits: Tensor, k: int, scores: Tensor | None, group_size: int, normalizers: Tensor | None) -> top_k.Results:
+    return top_k.new_results(logits, k, group_size)
 
 
 torch.library.define(
-    "fastrnn::top_k_log_softmax", "(Tensor logits, SymInt k, Tensor? scores, SymInt group_size) -> (Tensor, Tensor)"
+    "fastrnn::top_k_log_softmax",
+    "(Tensor logits, SymInt k, Tensor? scores, SymInt group_size, Tensor? normalizers) -> (Tensor, Tensor, Tensor)",
 )
-torch.library.impl("fastrnn::top_k_log_softmax", "CompositeExplicitAutograd", _launch)
+torch.library.impl("fastrnn::top_k_log_softmax", "CompositeExplicitAutograd", top_k.launch)
 torch.library.register_fake("fastrnn::top_k_log_softmax", _fake)

@@ -11,9 +11,10 @@ def top_k_log_softmax(
     k: int,
     scores: Tensor | None = None,  # [G * K]
     group_size: int = 1,  # K
-) -> tuple[Tensor, Tensor]:
-    """The k largest of scores_r + log softmax(logits_r)_v in each group of K rows, best first: values and indices
-    r V + v within the group [G, k].
+    normalizers: Tensor | None = None,  # [G * K]; None: logsumexp of the logits
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The k largest of scores_r + logits_rv - normalizer_r in each group of K rows, best first: values and indices
+    r V + v within the group [G, k]. And the normalizers [G * K]; NaN for a row with NaN.
 
     In at least float32. Within a row by the logits themselves, so that rounding leaves no ties but theirs; equal
     ones by the lowest index. A logit of -inf gives -inf whatever the others are, and in a row with NaN every value is
@@ -22,19 +23,22 @@ def top_k_log_softmax(
     rows, vocabulary = logits.shape
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     kept = min(k, vocabulary)
-    broken = logits.isnan()
+    if normalizers is None:
+        normalizers = torch.logsumexp(logits, -1)
+    else:
+        normalizers = normalizers.masked_fill(logits.isnan().any(1), torch.nan)
     tokens = _best_first(logits)[:, :kept]
     best = logits.gather(1, tokens)
-    values = best - torch.logsumexp(logits, -1, keepdim=True)
+    values = best - normalizers[:, None]
     if scores is not None:
         values = values + scores.to(values.dtype)[:, None]
-    values = torch.where((best == -torch.inf) & ~broken.any(1, keepdim=True), best, values)
+    values = torch.where((best == -torch.inf) & ~normalizers.isnan()[:, None], best, values)
     indices = tokens + (torch.arange(rows, device=logits.device) % group_size * vocabulary)[:, None]
     values, indices = (found.reshape(-1, group_size * kept) for found in (values, indices))
     order = torch.sort(indices, dim=-1, stable=True).indices
     values, indices = values.gather(1, order), indices.gather(1, order)
     order = _best_first(values)[:, :k]
-    return values.gather(1, order), indices.gather(1, order)
+    return values.gather(1, order), indices.gather(1, order), normalizers
 
 
 def _best_first(values: Tensor) -> Tensor:

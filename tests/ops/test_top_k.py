@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastrnn import reference
 from fastrnn.ops import top_k_log_softmax
+from fastrnn.ops.top_k import select
 from tests.ops.case import LIBRARY, using_isa
 
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason="no compiled extension")
@@ -49,8 +50,11 @@ def test_selects_what_sorting_everything_does(rows: int, vocabulary: int, k: int
     torch.testing.assert_close(values, torch.tensor(expected_values, dtype=torch.float32), rtol=1e-6, atol=2e-6)
 
 
+Call = tuple[Tensor, int, Tensor | None, int, Tensor | None]
+
+
 @st.composite
-def calls(draw: Any) -> tuple[Tensor, int, Tensor | None, int]:
+def calls(draw: Any) -> Call:
     group_size, groups = draw(st.integers(1, 6)), draw(st.integers(0, 4))
     vocabulary = draw(st.sampled_from((1, 2, 15, 16, 17, 100, 2047, 2048, 2049, 4500)))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
@@ -67,18 +71,21 @@ def calls(draw: Any) -> tuple[Tensor, int, Tensor | None, int]:
     logits = logits.to(draw(st.sampled_from((torch.float32, torch.bfloat16, torch.float16))))
     if draw(st.booleans()):
         logits = torch.stack([logits, logits], -1)[..., 0]
-    scores = torch.randn(len(logits), generator=generator) if draw(st.booleans()) else None
-    return logits, draw(st.integers(1, min(50, group_size * vocabulary))), scores, group_size
+    scores, normalizers = (
+        torch.randn(len(logits), generator=generator) if draw(st.booleans()) else None for _ in range(2)
+    )
+    return logits, draw(st.integers(1, min(50, group_size * vocabulary))), scores, group_size, normalizers
 
 
 @given(calls())
-def test_agrees_with_the_reference(call: tuple[Tensor, int, Tensor | None, int]) -> None:
+def test_agrees_with_the_reference(call: Call) -> None:
     group_size = call[3]
     expected = reference.top_k_log_softmax(*call)
     for isa, threads in itertools.product(LIBRARY.cpu_isas(), (1, 2)):
         torch.set_num_threads(threads)
         with using_isa(isa):
-            values, indices = top_k_log_softmax(*call)
+            values, indices, normalizers = select(*call)
+        torch.testing.assert_close(normalizers, expected[2], rtol=1e-6, atol=2e-6, equal_nan=True)
         assert torch.equal(values.isnan(), expected[0].isnan())
         torch.testing.assert_close(values, expected[0], rtol=1e-6, atol=4e-6, equal_nan=True)
         # Where rows compete whose values differ by rounding alone, either may come first.
@@ -111,9 +118,46 @@ def test_nan_comes_last() -> None:
     assert values[0, :3].isfinite().tolist() == [True, True, False] and values[0, 3:].isnan().all()
 
 
+@pytest.mark.usefixtures("isa")
 def test_infinite_logits_are_certain() -> None:
-    values, indices = top_k_log_softmax(torch.tensor([[1.0, torch.inf, 2.0]]), 1)
-    assert indices.item() == 1 and values.isnan()  # as log_softmax has it, which gives NaN for inf - inf
+    values, indices, normalizers = select(torch.tensor([[1.0, torch.inf, 2.0]]), 3)
+    assert indices.tolist() == [[0, 2, 1]] and normalizers.item() == math.inf
+    assert values[0, :2].tolist() == [-math.inf, -math.inf]
+    assert values[0, 2].isnan()  # as log_softmax has it, which gives NaN for inf - inf
+
+
+def test_normalizers_that_are_given() -> None:
+    """Tokens that are banned after log-softmax leave the others' values alone."""
+    logits, scores = torch.randn(4, 300), torch.randn(4)
+    normalizers = torch.logsumexp(logits, 1)
+    banned = logits.masked_fill(torch.rand(logits.shape) < 0.5, -torch.inf)
+    values, indices, used = select(banned, 9, scores, 2, normalizers)
+    expected = (torch.log_softmax(logits, 1) + banned - logits + scores[:, None]).view(2, 600).topk(9)
+    assert torch.equal(indices, expected.indices) and torch.equal(used, normalizers)
+    torch.testing.assert_close(values, expected.values)
+    log_probabilities = torch.log_softmax(logits, 1)
+    values, indices, used = select(log_probabilities, 1, normalizers=torch.zeros(4))
+    assert torch.equal(values, log_probabilities.max(1, keepdim=True).values) and torch.equal(used, torch.zeros(4))
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("given", [False, True])
+def test_normalizers_tell_of_broken_rows(given: bool, dtype: torch.dtype) -> None:
+    """Wherever the NaN is, and whatever is beside it."""
+    vocabulary = 5000
+    logits = torch.randn(8, vocabulary, dtype=dtype)
+    for row, token in enumerate((0, 17, 2047, 2048, vocabulary - 1)):
+        logits[row, token] = torch.nan
+    logits[5] = -torch.inf
+    logits[6], logits[6, 3000] = -torch.inf, torch.nan
+    logits[:3, 7] = torch.inf
+    wide = torch.promote_types(dtype, torch.float32)
+    values, _, normalizers = select(logits, 3, None, 1, torch.full((8,), 2.0, dtype=wide) if given else None)
+    assert normalizers.dtype == values.dtype == wide
+    assert normalizers.isnan().tolist() == values.isnan().all(1).tolist() == [True] * 5 + [False, True, False]
+    assert (values[5] == -torch.inf).all()
+    assert normalizers[5] == (2.0 if given else -math.inf)
 
 
 @pytest.mark.usefixtures("isa")
@@ -139,7 +183,8 @@ def test_compiled_and_opcheck() -> None:
     compiled = torch.compile(lambda x, s: top_k_log_softmax(x, 4, s, 3), fullgraph=True, backend="aot_eager")
     for found, expected in zip(compiled(logits, scores), top_k_log_softmax(logits, 4, scores, 3), strict=True):
         assert torch.equal(found, expected)
-    torch.library.opcheck(torch.ops.fastrnn.top_k_log_softmax, (logits, 4, scores, 3))
+    for optional in ((scores, 3, None), (None, 2, scores)):
+        torch.library.opcheck(torch.ops.fastrnn.top_k_log_softmax, (logits, 4, *optional))
 
 
 @pytest.mark.parametrize(
