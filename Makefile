@@ -34,7 +34,7 @@ demo: $(INSTALLED)
 	$(PY) examples/char_lm.py $(ARGS)
 
 test: lint
-	$(PY) -m pytest -n 2 --dist loadgroup $(ARGS)
+	$(PY) -m pytest -n 2 --dist loadfile --max-worker-restart 1 $(ARGS)
 
 lint: $(INSTALLED)
 	$(PY) -m ruff check .

@@ -15,14 +15,6 @@ hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000
 hypothesis.settings.load_profile("repeatable")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With pytest-xdist the tests of a file, whose fixtures they share, have one worker."""
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(str(item.path)))
-
-
 def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
     return "+".join(val) or "plain" if argname == "options" and isinstance(val, tuple) else None
 

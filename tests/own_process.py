@@ -1,4 +1,4 @@
-"""For a conftest.py: the tests of its folder run in one process of their own, and each of them is reported here."""
+"""For a conftest.py: the tests of each file in its folder run in a process of their own, each of them reported here."""
 
 from __future__ import annotations
 
@@ -26,24 +26,25 @@ class OwnProcess:
 
     def __init__(self, conftest: str, *, inside: bool, start: Start, unavailable: str | None) -> None:
         self.folder, self.inside, self.start, self.unavailable = Path(conftest).parent, inside, start, unavailable
-        self.results: dict[str, tuple[str | None, str]] | None = None
+        self.results: dict[str, tuple[str | None, str]] = {}
 
-    @pytest.hookimpl(tryfirst=True)  # before pytest-xdist, which deals groups to its workers, looks at the marks
     def add_marks(self, items: list[pytest.Item]) -> None:
-        for item in self._tests(items):
-            item.add_marker(pytest.mark.xdist_group(str(self.folder)))
+        for item in items:
+            if not item.path.is_relative_to(self.folder):
+                continue
             if self.unavailable:
                 item.add_marker(pytest.mark.skip(reason=self.unavailable))
             elif not self.inside:
-                item.add_marker(pytest.mark.timeout(1200))  # The first one waits for all.
+                item.add_marker(pytest.mark.timeout(1200))  # The first one waits for all of its file.
 
     @pytest.hookimpl(tryfirst=True)
     def report_result(self, pyfuncitem: pytest.Function) -> bool | None:
         if self.inside:
             return None
-        if self.results is None:
-            self.results = self._run([self._id(item) for item in self._tests(pyfuncitem.session.items)])
-        outcome, reason = self.results[self._id(pyfuncitem)]
+        if pyfuncitem.nodeid not in self.results:
+            items = pyfuncitem.session.items
+            self.results |= self._run([item.nodeid for item in items if item.path == pyfuncitem.path])
+        outcome, reason = self.results[pyfuncitem.nodeid]
         if outcome == "skipped":
             pytest.skip(reason)
         if outcome != "passed":
@@ -55,12 +56,6 @@ class OwnProcess:
             reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longreprtext
             with open(os.environ[_REPORT], "a") as file:
                 print(json.dumps([report.nodeid, report.outcome, reason]), file=file)
-
-    def _tests(self, items: list[pytest.Item]) -> list[pytest.Item]:
-        return [item for item in items if item.path.is_relative_to(self.folder)]
-
-    def _id(self, item: pytest.Item) -> str:
-        return item.nodeid.removesuffix(f"@{self.folder}")  # which pytest-xdist adds
 
     def _run(self, tests: list[str]) -> dict[str, tuple[str | None, str]]:
         with tempfile.TemporaryDirectory() as folder:

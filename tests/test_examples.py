@@ -105,11 +105,15 @@ def test_same_loss_curve(
 def test_resume_after_interrupt_is_the_same_run(finished: Path, tmp_path: Path) -> None:
     options = (*TINY, "--iterations", 400, "--output", tmp_path)
     with subprocess.Popen(command(*options), env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) as process:
-        for line in process.stdout:
-            if line.split()[:1] == ["50"]:
-                process.send_signal(signal.SIGINT)
-                break
-        output = process.stdout.read()
+        try:
+            for line in process.stdout:
+                if line.split()[:1] == ["50"]:
+                    process.send_signal(signal.SIGINT)
+                    break
+            output = process.stdout.read()
+        except BaseException:
+            process.kill()  # or the timeout of this test would wait for it
+            raise
     assert process.returncode == 130
     assert "Stopped at iteration" in output and "--resume" in output
     assert not (tmp_path / "metrics.json").exists()

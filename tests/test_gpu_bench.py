@@ -223,7 +223,7 @@ def test_make_gpu_runs_every_part_also_after_one_that_failed(tmp_path):
     interpreter = tmp_path / "python"
     interpreter.write_text('#!/bin/sh\necho "ran $*"\ncase "$*" in *bench.gpu.exchange*) exit 1;; esac\n')
     interpreter.chmod(0o755)
-    command = ["make", "gpu", f"PYTHON={interpreter}", "GPU_SECONDS=400"]
+    command = ["make", "gpu", f"PYTHON={interpreter}", "GPU_SECONDS=400", "ARGS="]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     ran = [line.removeprefix("ran -m ") for line in done.stdout.splitlines() if line.startswith("ran -m ")]
     assert ran[0].startswith("pip install") and "--no-index" in ran[0]
