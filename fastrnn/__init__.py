@@ -2,11 +2,11 @@
 
 from importlib import metadata
 
-from fastrnn import nn, plot
+from fastrnn import nn, plot, search
 from fastrnn.convert import accelerate, restore
 from fastrnn.explain import explain
 
-__all__ = ["accelerate", "explain", "nn", "plot", "restore"]
+__all__ = ["accelerate", "explain", "nn", "plot", "restore", "search"]
 
 try:
     __version__ = metadata.version("fastrnn")

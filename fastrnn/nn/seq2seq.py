@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 import fastrnn.nn
 from fastrnn.nn.attention import PreparedMemory
@@ -18,6 +17,7 @@ from fastrnn.nn.decoder import AttentionDecoder, DecoderState
 from fastrnn.nn.options import WithOptions
 from fastrnn.nn.rnn import Layers
 from fastrnn.ops.linear import linear
+from fastrnn.search import BeamResult, Shared, beam_search, expand
 
 _BRIDGES = ("copy", "learned", "none")
 
@@ -365,6 +365,61 @@ class Seq2Seq(torch.nn.Module):
         found = torch.where(counted, found.view(target.shape), 0)
         return found.sum(-1) if reduction == "sum" else found
 
+    @torch.no_grad()
+    def generate(
+        self,
+        source: Tensor,
+        source_lengths: Tensor | None = None,
+        *,
+        beam_size: int = 1,
+        max_length: int | Tensor | tuple[float, float] = (2, 10),
+        min_length: int | Tensor | tuple[float, float] = 0,
+        need_alignments: bool = False,
+        **options: Any,
+    ) -> BeamResult:
+        """Targets for a source: greedily, by beam search, or drawn; see :func:`fastrnn.search.beam_search`.
+
+        Args:
+            source: [B, S] integers.
+            source_lengths: [B]: how many count; by default all.
+            beam_size: 1 is greedy search.
+            max_length, min_length: of a target, the end token counted; (a, b) means a * source length + b.
+            need_alignments: whether attention's weights are returned.
+            options: those of :func:`fastrnn.search.beam_search`, such as n_best, length_penalty, sample, prefix.
+
+        Raises:
+            ValueError, TypeError: naming the argument, what was wanted and what came.
+        """
+        memory, hidden = self.encode(source, source_lengths)
+        decoder = self.decoder
+        prepared = decoder.prepare(memory, source_lengths)
+        if prepared is None and (need_alignments or options.get("coverage_penalty")):
+            raise ValueError("need_alignments and coverage_penalty need a decoder with attention")
+        weighted = need_alignments or options.get("coverage_penalty") is not None
+        lengths = torch.full((len(source),), source.shape[1]) if source_lengths is None else source_lengths
+        if source_lengths is not None:
+            options.setdefault("source_lengths", source_lengths)
+        options.setdefault("bos", decoder.bos)
+        options.setdefault("eos", decoder.eos)
+        options.setdefault("pad", decoder.pad)
+
+        def step(tokens: Tensor, state: Any) -> tuple[Any, ...]:
+            of_decoder, shared = state
+            logits, after, weights = decoder.step(tokens, of_decoder, shared.value, weighted)
+            return logits, (after, shared), weights
+
+        state = decoder.initial_state(expand(hidden, beam_size, dim=1), memory, beam_size)
+        return beam_search(
+            step,
+            (state, Shared(prepared)),
+            batch_size=len(source),
+            beam_size=beam_size,
+            max_length=_of_source(max_length, lengths),
+            min_length=_of_source(min_length, lengths),
+            need_alignments=need_alignments,
+            **options,
+        )
+
     def _teacher_forced(
         self, source: Tensor, source_lengths: Tensor | None, target: Tensor, target_lengths: Tensor | None
     ) -> Tensor:
@@ -390,8 +445,11 @@ class Seq2Seq(torch.nn.Module):
         h, c = hidden if isinstance(hidden, (tuple, list)) else (hidden, None)
         if self.bridge == "learned":
             h, c = (None if state is None else state.transpose(0, 1).flatten(1) for state in (h, c))
-            h = torch.tanh(self.bridge_hidden(h))
-            c = self.bridge_cell(c) if hasattr(self, "bridge_cell") else torch.zeros_like(h)
+            h = torch.tanh(linear(h, self.bridge_hidden.weight) + self.bridge_hidden.bias)
+            if hasattr(self, "bridge_cell"):
+                c = linear(c, self.bridge_cell.weight) + self.bridge_cell.bias
+            else:
+                c = torch.zeros_like(h)
             h, c = (state.view(len(h), layers.num_layers, -1).transpose(0, 1).contiguous() for state in (h, c))
         else:
             bidirectional = isinstance(self.encoder, TokenEncoder) and self.encoder.rnn.bidirectional
@@ -469,9 +527,12 @@ def _built(description: dict[str, Any]) -> Any:
     return getattr(fastrnn.nn, description["class"])(**arguments)
 
 
-def expand(state: Any, beams: int, dim: int = 0) -> Any:
-    """Every tensor of a tree with each of its slices along `dim` repeated for `beams` neighbours."""
-    return tree_map_only(Tensor, lambda tensor: tensor.repeat_interleave(beams, dim), state) if beams > 1 else state
+def _of_source(limit: int | Tensor | tuple[float, float], lengths: Tensor) -> int | Tensor:
+    """[B] where a limit is relative to the source's lengths."""
+    if not isinstance(limit, tuple):
+        return limit
+    factor, more = limit
+    return (factor * lengths.double() + more).long()
 
 
 def _reversing(source: Tensor, lengths: Tensor | None) -> Tensor:

@@ -14,7 +14,8 @@ from fastrnn.backends.cpu import outer_product, packed_weight
 from fastrnn.backends.tensors import with_unit_stride
 from fastrnn.ops.shared import use_registered_op
 
-# Multiply-adds below which torch's operator, which costs less per call, is as fast.
+# Multiply-adds below which torch's operator, which costs less per call, is as fast. Where gradients are off a row's
+# result counts for more: a search must not depend on its batch.
 _SMALL = 2**20
 
 
@@ -45,7 +46,7 @@ def _has_kernels(x: Tensor, weight: Tensor, depth: int) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and torch._C._get_tracing_state() is None
         and not torch._C._functorch.is_legacy_batchedtensor(x)
-        and x.numel() // max(1, depth) * weight.numel() >= _SMALL
+        and (not torch.is_grad_enabled() or x.numel() // max(1, depth) * weight.numel() >= _SMALL)
     )
 
 

@@ -42,7 +42,7 @@ def layer_norm(x: Tensor, groups: Sequence[int], weight: Tensor, bias: Tensor, e
     return torch.cat(parts, -1) * weight + bias
 
 
-def _mix32(x: Tensor) -> Tensor:
+def mix32(x: Tensor) -> Tensor:
     """The finaliser of MurmurHash3 on 32-bit words kept in int64."""
     x = x ^ (x >> 16)
     x = (x * 0x85EBCA6B) & 0xFFFFFFFF
@@ -68,9 +68,9 @@ def zoneout_mask(
     """
     word = torch.as_tensor(seed & 0xFFFFFFFF, device="cpu")
     for value in (seed >> 32, stream, t):
-        word = _mix32(word ^ (value & 0xFFFFFFFF))
-    row = _mix32(torch.arange(batch, device=device) ^ word)
-    unit = _mix32(row[:, None] ^ _mix32(torch.arange(hidden, device=device) + 1))
+        word = mix32(word ^ (value & 0xFFFFFFFF))
+    row = mix32(torch.arange(batch, device=device) ^ word)
+    unit = mix32(row[:, None] ^ mix32(torch.arange(hidden, device=device) + 1))
     return (unit >> 8) < int(probability * 2**24)
 
 
