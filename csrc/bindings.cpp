@@ -13,6 +13,8 @@
 #include <vector>
 
 #include "build_info.h"
+#include "cpu/beam.h"
+#include "cpu/decode_step.h"
 #include "cpu/decoder.h"
 #include "cpu/dispatch.h"
 #include "cpu/memory.h"
@@ -435,6 +437,80 @@ void bind_decoder(py::module_& m) {
   });
 }
 
+void bind_search(py::module_& m) {
+  Fields<DecodeStep>(m, "DecodeStep")
+      .value("decoder", &DecodeStep::decoder)
+      .value("before", &DecodeStep::before)
+      .address("embedding", &DecodeStep::embedding)
+      .value("embedding_size", &DecodeStep::embedding_size)
+      .address("output", &DecodeStep::output)
+      .address("readout", &DecodeStep::readout)
+      .value("readout_size", &DecodeStep::readout_size)
+      .address("read", &DecodeStep::read)
+      .address("panels", &DecodeStep::panels)
+      .address("bias", &DecodeStep::bias)
+      .value("vocabulary", &DecodeStep::vocabulary);
+  m.def("decode_logits", [](const DecodeStep& step, uintptr_t tokens, uintptr_t rows, uintptr_t logits, int threads) {
+    py::gil_scoped_release release;
+    decode_step(step, pointer<const int64_t>(tokens), pointer<const int64_t>(rows), pointer(logits),
+                team_size(threads));
+  });
+  m.def("decode_best", [](const DecodeStep& step, uintptr_t tokens, uintptr_t rows, int64_t group_size, int64_t k,
+                          uintptr_t scores, uintptr_t values, uintptr_t indices, uintptr_t normalizers, int threads) {
+    TopK found{};
+    found.groups = step.decoder.batch / group_size;
+    found.group_size = group_size;
+    found.k = k;
+    found.scores = pointer(scores);
+    found.values = pointer(values);
+    found.indices = pointer<int64_t>(indices);
+    found.normalizers = pointer(normalizers);
+    py::gil_scoped_release release;
+    decode_step(step, pointer<const int64_t>(tokens), pointer<const int64_t>(rows), found, team_size(threads));
+  });
+
+  Fields<Beams>(m, "Beams")
+      .value("sentences", &Beams::sentences)
+      .value("beams", &Beams::beams)
+      .value("ends", &Beams::ends)
+      .address("eos", &Beams::eos)
+      .address("min_length", &Beams::min_length)
+      .address("max_length", &Beams::max_length)
+      .address("divisor", &Beams::divisor)
+      .address("bonus", &Beams::bonus)
+      .address("largest_divisor", &Beams::largest_divisor)
+      .address("largest_bonus", &Beams::largest_bonus)
+      .value("longest", &Beams::longest)
+      .set<int>("rule", [](Beams& beams, int rule) { beams.rule = static_cast<StopRule>(rule); })
+      .value("wanted", &Beams::wanted)
+      .value("enough", &Beams::enough)
+      .address("scores", &Beams::scores)
+      .address("done", &Beams::done)
+      .address("count", &Beams::count)
+      .address("key", &Beams::key)
+      .address("score", &Beams::score)
+      .address("increment", &Beams::increment)
+      .address("step", &Beams::step)
+      .address("beam", &Beams::beam)
+      .address("token", &Beams::token);
+  m.def("beam_step", [](const Beams& beams, uintptr_t values, uintptr_t indices, int64_t count, int64_t vocabulary,
+                        uintptr_t extra, int64_t length, uintptr_t tokens, uintptr_t parents, uintptr_t rows,
+                        uintptr_t increments) {
+    beam_step(beams, {pointer(values), pointer<const int64_t>(indices), count, vocabulary, pointer(extra)}, length,
+              {pointer<int64_t>(tokens), pointer<int64_t>(parents), pointer<int64_t>(rows), pointer(increments)});
+  });
+  m.def("trace_back", [](const std::vector<std::array<uintptr_t, 3>>& steps, int64_t batch, int64_t beams,
+                         int64_t wanted, int64_t longest, uintptr_t step, uintptr_t beam, uintptr_t token,
+                         uintptr_t increment, uintptr_t tokens, uintptr_t log_probs) {
+    std::vector<Trace> traces;
+    for (const auto& [step_tokens, step_parents, step_increments] : steps)
+      traces.push_back(
+          {pointer<const int64_t>(step_tokens), pointer<const int64_t>(step_parents), pointer(step_increments)});
+    trace_back(traces.data(), batch, beams, wanted, longest, pointer<const int64_t>(step), pointer<const int64_t>(beam),
+               pointer<const int64_t>(token), pointer(increment), pointer<int64_t>(tokens), pointer(log_probs));
+  });
+}
+
 void bind_cuda(py::module_& m) {
   using cuda::Backward, cuda::Forward, cuda::Problem;
   Fields<Problem>(m, "CudaProblem")
@@ -634,6 +710,10 @@ PYBIND11_MODULE(_C, m) {
                     k,
                     pointer<const void>(logits),
                     stride,
+                    nullptr,
+                    nullptr,
+                    nullptr,
+                    0,
                     pointer(scores),
                     pointer(given),
                     pointer(values),
@@ -643,4 +723,5 @@ PYBIND11_MODULE(_C, m) {
     top_k_kernel()(call, team_size(threads));
   });
   bind_decoder(m);
+  bind_search(m);
 }

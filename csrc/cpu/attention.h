@@ -63,6 +63,7 @@ struct AttentionKernels {
                           bool accumulate, float* out, int64_t ldo, int threads);
   // out [m, n] = A^T B, A [rows, m], B [rows, n], all with contiguous rows.
   void (*outer_product)(int64_t rows, const float* a, int64_t m, const float* b, int64_t n, float* out, int threads);
+  void (*tanh_all)(float* x, int64_t count);  // in place
 };
 
 const AttentionKernels& attention_portable();

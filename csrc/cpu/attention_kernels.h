@@ -766,6 +766,11 @@ void outer_product(int64_t rows, const float* a, int64_t m, const float* b, int6
   });
 }
 
+void tanh_all(float* x, int64_t count) {
+  for (int64_t i = 0; i < count; i += kLanes)
+    store(x + i, tanh(load(x + i, smaller(kLanes, count - i))), smaller(kLanes, count - i));
+}
+
 void attention_backward(const AttentionBackward& call, int threads) {
   const AttentionInputs& in = call.in;
   const int64_t ld = vectors_of(in.size), pairs = in.queries * in.keys;
@@ -838,10 +843,11 @@ void attention_backward(const AttentionBackward& call, int threads) {
 }  // namespace
 }  // namespace fastrnn
 
-#define FASTRNN_DEFINE_ATTENTION(name)                                                                               \
-  namespace fastrnn::cpu {                                                                                           \
-  const AttentionKernels& attention_##name() {                                                                       \
-    static const AttentionKernels kernels = {attention_forward, attention_backward, multiply_panels, outer_product}; \
-    return kernels;                                                                                                  \
-  }                                                                                                                  \
+#define FASTRNN_DEFINE_ATTENTION(name)                                                                              \
+  namespace fastrnn::cpu {                                                                                          \
+  const AttentionKernels& attention_##name() {                                                                      \
+    static const AttentionKernels kernels = {attention_forward, attention_backward, multiply_panels, outer_product, \
+                                             tanh_all};                                                             \
+    return kernels;                                                                                                 \
+  }                                                                                                                 \
   }

@@ -119,6 +119,7 @@ void decoder_forward(const Decoder& decoder, int threads) {
       kernels().forward(step.problem, args, threads);
     }
     const int64_t size = decoder.attention.size;
+    if (size == 0) continue;
     if (decoder.query_weight)
       attention_kernels().multiply_panels(rows, hidden, top.h + (t + 1) * states, hidden, decoder.query_weight, size,
                                           false, decoder.query + t * rows * size, size, threads);

@@ -29,7 +29,7 @@ struct Decoder {
   Cell cell;
   int64_t steps, batch, hidden_size, context_size;
   std::vector<DecoderLayer> layers;
-  AttentionInputs attention;  // of one step: N / B queries of each memory
+  AttentionInputs attention;  // of one step: N / B queries of each memory; forward, of size 0: there is none
   const void* query_weight;   // packed, of the pass in hand; or null: the query is h itself
   float* query;               // [T, N, D], where there is a weight
   float* context;             // [T, N, Dv]

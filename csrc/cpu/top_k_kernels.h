@@ -10,6 +10,7 @@ namespace fastrnn {
 namespace {
 
 constexpr int64_t kBlock = 2048;
+constexpr int64_t kProjectedBlock = 512;  // of 80 rows: 160 KB, which stay in L2 beside a panel of W
 constexpr int32_t kLowest = INT32_MIN;
 
 // Floats in order as integers, NaN below all and -0 equal to 0.
@@ -50,11 +51,12 @@ struct Candidate {
 // The k best so far; the worst of them comes first.
 class Best {
  public:
-  Best(Candidate* heap, int64_t k) : heap_(heap), k_(k) {}
+  Best(Candidate* heap, int64_t k, int64_t count) : heap_(heap), k_(k), count_(count) {}
 
   // What a later candidate must exceed; the lowest of all while there is room.
   int32_t limit() const { return heap_[0].order; }
   bool full() const { return count_ == k_; }
+  int64_t count() const { return count_; }
 
   void offer(Candidate candidate) {
     if (!full()) {
@@ -91,7 +93,7 @@ class Best {
 
   Candidate* const heap_;
   const int64_t k_;
-  int64_t count_ = 0;
+  int64_t count_;
 };
 
 struct BlockSum {
@@ -147,26 +149,37 @@ inline float log_sum(const BlockSum* blocks, int64_t count) {
   return largest + static_cast<float>(__builtin_log(sum));
 }
 
-inline void top_k(const TopK& call, int threads) {
-  const int64_t rows = call.groups * call.group_size, vocabulary = call.vocabulary;
-  const int64_t kept = smaller(call.k, vocabulary), blocks = larger(1, ceil_div(vocabulary, kBlock));
-  const int64_t wanted = larger(1, smaller(threads, rows * vocabulary >> 13));
-  // Few rows are cut into parts of whole blocks.
-  const int64_t parts = rows >= wanted ? 1 : smaller(blocks, ceil_div(wanted, larger(1, rows)));
-  const int64_t items = rows * parts, slots = larger(1, smaller(wanted, items));
-  constexpr int64_t kFloats = sizeof(Candidate) / sizeof(float);
-  const Scratch found(items * kept * kFloats), merged(call.groups * call.k * kFloats);
-  const Scratch block_sums(2 * rows * blocks), widening(slots * kBlock), counts(2 * items);
-  Candidate* candidates = reinterpret_cast<Candidate*>(found.data());
-  BlockSum* sums = reinterpret_cast<BlockSum*>(block_sums.data());
-  int64_t* found_counts = reinterpret_cast<int64_t*>(counts.data());
+// What the first pass leaves for the second: of each row the sums of its blocks, and of each part of a row the best.
+struct Found {
+  const int64_t kept, blocks, parts, items;
+  const Scratch candidate_memory, sum_memory, count_memory;
 
+  Found(int64_t rows, int64_t kept_of_each, int64_t blocks_of_each, int64_t parts_of_each)
+      : kept(kept_of_each),
+        blocks(blocks_of_each),
+        parts(parts_of_each),
+        items(rows * parts),
+        candidate_memory(items * kept * sizeof(Candidate) / sizeof(float)),
+        sum_memory(2 * rows * blocks),
+        count_memory(2 * items) {}
+
+  Candidate* candidates(int64_t item) const {
+    return reinterpret_cast<Candidate*>(candidate_memory.data()) + item * kept;
+  }
+  BlockSum* sums(int64_t row) const { return reinterpret_cast<BlockSum*>(sum_memory.data()) + row * blocks; }
+  int64_t& count(int64_t item) const { return reinterpret_cast<int64_t*>(count_memory.data())[item]; }
+  int64_t first_block(int64_t part) const { return blocks * part / parts; }
+};
+
+// Logits in memory: each thread takes rows, or parts of rows where these are few.
+inline void read_logits(const TopK& call, const Found& found, int64_t slots) {
+  const Scratch widening(slots * kBlock);
   on_team(slots, [&](int64_t begin, int64_t end) {
-    for (int64_t item = items * begin / slots; item < items * end / slots; ++item) {
-      const int64_t row = item / parts, part = item % parts;
-      Best best(candidates + item * kept, kept);
-      for (int64_t block = blocks * part / parts; block < blocks * (part + 1) / parts; ++block) {
-        const int64_t first = block * kBlock, count = smaller(kBlock, vocabulary - first);
+    for (int64_t item = found.items * begin / slots; item < found.items * end / slots; ++item) {
+      const int64_t row = item / found.parts, part = item % found.parts;
+      Best best(found.candidates(item), found.kept, 0);
+      for (int64_t block = found.first_block(part); block < found.first_block(part + 1); ++block) {
+        const int64_t first = block * kBlock, count = smaller(kBlock, call.vocabulary - first);
         const float* logits = static_cast<const float*>(call.logits) + row * call.stride + first;
         if (call.number != Number::float32) {
           Matrices narrow{static_cast<const float*>(call.logits), 0, call.stride};
@@ -175,40 +188,99 @@ inline void top_k(const TopK& call, int threads) {
           widen(call.number, narrow, 0, 0, 1, count, widening.data() + begin * kBlock);
           logits = narrow.data;
         }
-        sums[row * blocks + block] = read_block(logits, count, first, call.given == nullptr, best);
+        found.sums(row)[block] = read_block(logits, count, first, call.given == nullptr, best);
       }
-      found_counts[item] = best.sort();
+      found.count(item) = best.sort();
     }
   });
+}
 
-  on_team(larger(1, smaller(slots, call.groups)), [&](int64_t begin, int64_t end) {
-    const int64_t team = larger(1, smaller(slots, call.groups));
+// Logits as a product: each thread takes a part of the vocabulary, whose logits are read while they are in its cache.
+inline void project(const TopK& call, const Found& found) {
+  const int64_t rows = call.groups * call.group_size;
+  const Scratch logits(found.parts * rows * kProjectedBlock);
+  on_team(found.parts, [&](int64_t begin, int64_t end) {
+    const RowTiles tiles(rows, max_rows<2>());
+    for (int64_t part = begin; part < end; ++part) {
+      for (int64_t row = 0; row < rows; ++row) found.count(row * found.parts + part) = 0;
+      float* block_logits = logits.data() + part * rows * kProjectedBlock;
+      for (int64_t block = found.first_block(part); block < found.first_block(part + 1); ++block) {
+        const int64_t first = block * kProjectedBlock, count = smaller(kProjectedBlock, call.vocabulary - first);
+        for (int64_t n = 0; n < count; n += kColumns) {
+          const float* panel = static_cast<const float*>(call.panels) + (first + n) * call.depth;
+          float bias[kColumns] = {};
+          if (call.bias) __builtin_memcpy(bias, call.bias + first + n, smaller(kColumns, count - n) * sizeof(float));
+          for (int64_t k = 0; k < call.depth; k += kSumDepth)
+            for (int64_t i = 0; i < tiles.count; ++i) {
+              float* c = block_logits + tiles.begin(i) * kProjectedBlock + n;
+              tile_rows<2, false>(tiles.begin(i + 1) - tiles.begin(i), smaller(kSumDepth, call.depth - k),
+                                  call.x + tiles.begin(i) * call.depth + k, call.depth, panel + k * kColumns, kColumns,
+                                  k > 0 ? Start{c, kProjectedBlock} : Start{bias, 0}, c, kProjectedBlock);
+            }
+        }
+        for (int64_t row = 0; row < rows; ++row) {
+          const int64_t item = row * found.parts + part;
+          Best best(found.candidates(item), found.kept, found.count(item));
+          found.sums(row)[block] =
+              read_block(block_logits + row * kProjectedBlock, count, first, call.given == nullptr, best);
+          found.count(item) = best.count();
+        }
+      }
+      for (int64_t item = part; item < found.items; item += found.parts)
+        Best(found.candidates(item), found.kept, found.count(item)).sort();
+    }
+  });
+}
+
+// The second pass: the best of each group's rows by their normalizers and scores.
+inline void merge(const TopK& call, const Found& found, int64_t threads) {
+  const Scratch merged(call.groups * call.k * sizeof(Candidate) / sizeof(float));
+  const int64_t team = larger(1, smaller(threads, call.groups));
+  on_team(team, [&](int64_t begin, int64_t end) {
     for (int64_t group = call.groups * begin / team; group < call.groups * end / team; ++group) {
-      Best best(reinterpret_cast<Candidate*>(merged.data()) + group * call.k, call.k);
+      Candidate* sorted = reinterpret_cast<Candidate*>(merged.data()) + group * call.k;
+      Best best(sorted, call.k, 0);
       for (int64_t i = 0; i < call.group_size; ++i) {
         const int64_t row = group * call.group_size + i;
         const float score = call.scores ? call.scores[row] : 0.0f;
-        float normalizer = log_sum(sums + row * blocks, blocks);
+        float normalizer = log_sum(found.sums(row), found.blocks);
         if (call.given && normalizer == normalizer) normalizer = call.given[row];
         call.normalizers[row] = normalizer;
-        for (int64_t item = row * parts; item < (row + 1) * parts; ++item)
-          for (int64_t c = 0; c < found_counts[item]; ++c) {
-            const Candidate& candidate = candidates[item * kept + c];
+        for (int64_t item = row * found.parts; item < (row + 1) * found.parts; ++item)
+          for (int64_t c = 0; c < found.count(item); ++c) {
+            const Candidate& candidate = found.candidates(item)[c];
             const float logit = value_of(candidate.order);
             // -inf stays: a token that is not allowed, also where none is.
             const float value =
                 normalizer == normalizer && logit == -__builtin_inff() ? logit : logit - normalizer + score;
-            best.offer({i * vocabulary + candidate.index, order_of(value)});
+            best.offer({i * call.vocabulary + candidate.index, order_of(value)});
           }
       }
       const int64_t count = best.sort();
-      const Candidate* sorted = reinterpret_cast<Candidate*>(merged.data()) + group * call.k;
       for (int64_t c = 0; c < count; ++c) {
         call.values[group * call.k + c] = value_of(sorted[c].order);
         call.indices[group * call.k + c] = sorted[c].index;
       }
     }
   });
+}
+
+inline void top_k(const TopK& call, int threads) {
+  const int64_t rows = call.groups * call.group_size, kept = smaller(call.k, call.vocabulary);
+  if (call.panels) {
+    const int64_t blocks = larger(1, ceil_div(call.vocabulary, kProjectedBlock));
+    const int64_t slots = smaller(smaller(threads, blocks), rows * call.depth * call.vocabulary >> 18);
+    const Found found(rows, kept, blocks, larger(1, slots));
+    project(call, found);
+    return merge(call, found, found.parts);
+  }
+  const int64_t blocks = larger(1, ceil_div(call.vocabulary, kBlock));
+  const int64_t wanted = larger(1, smaller(threads, rows * call.vocabulary >> 13));
+  // Few rows are cut into parts of whole blocks.
+  const Found found(rows, kept, blocks, rows >= wanted ? 1 : smaller(blocks, ceil_div(wanted, larger(1, rows))));
+  const int64_t slots = larger(1, smaller(wanted, found.items));
+  read_logits(call, found, slots);
+  merge(call, found, slots);
 }
 
 }  // namespace

@@ -70,10 +70,12 @@ Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 INPUT_COUNT = 8  # of DecoderCall.inputs, before those of the layers
 
 
-class _Loop:
+class Loop:
     """A native call, and the tensors whose addresses it holds."""
 
-    def __init__(self, cell: str, x: Tensor, h0: Tensor, keys: Tensor, attention: Inputs, dropout_mask: Any) -> None:
+    def __init__(
+        self, cell: str, x: Tensor, h0: Tensor, keys: Tensor, attention: Inputs | None, dropout_mask: Any
+    ) -> None:
         library: Any = native.load()
         self.library, self.native = library, library.Decoder()
         self.lstm = cell == "lstm"
@@ -85,8 +87,10 @@ class _Loop:
         self.dropout_mask = as_float32(dropout_mask)
         native_loop = self.native
         native_loop.cell, native_loop.steps, native_loop.batch = CELL_INDEX[cell], self.steps, self.batch
-        native_loop.hidden_size, native_loop.context_size = self.hidden, attention.sizes[4]
-        native_loop.attention = attention.native
+        native_loop.hidden_size = self.hidden
+        if attention is None:
+            return
+        native_loop.attention, native_loop.context_size = attention.native, attention.sizes[4]
         # With one query of each memory all steps of a memory lie together, as the gradients of its keys want them.
         shared = self.batch != keys.shape[0]
         count = keys.shape[1]
@@ -194,7 +198,7 @@ def forward(
     with `save`: queries, inputs of the layers and saved activations. All in float32."""
     query = keys.new_empty(keys.shape[0], x.shape[1] // keys.shape[0], keys.shape[2])
     arguments = (query, keys, values, v, None, None, factors, lengths, mask, False, scale, normalize)
-    loop = _Loop(cell, x, h0, keys, Inputs(True, *arguments), dropout_mask)
+    loop = Loop(cell, x, h0, keys, Inputs(True, *arguments), dropout_mask)
     steps, batch = loop.steps, loop.batch
     empty = functools.partial(workspace, x)  # The user gets copies.
     outputs = _new_outputs(cell, x, h0, context0, query_weight, keys, loop.weights_shape, save, empty)
@@ -251,7 +255,7 @@ def backward(
     """
     query = keys.new_empty(keys.shape[0], 1, keys.shape[2])
     attention = Inputs(True, query, keys, values, v, None, None, factors, lengths, mask, False, scale, normalize)
-    loop = _Loop(cell, x, h0, keys, attention, dropout_mask)
+    loop = Loop(cell, x, h0, keys, attention, dropout_mask)
     steps, batch, hidden, count = loop.steps, loop.batch, loop.hidden, loop.count
     sizes = _sizes(x, h0, contexts.shape[2])
     parts = _parts(inputs, steps, batch, sizes)

@@ -12,9 +12,10 @@ from fastrnn.backends import AttentionCall
 from fastrnn.backends.decoder import DecoderCall
 from fastrnn.nn.attention import MemoryAttention, PreparedMemory, checked_lengths
 from fastrnn.nn.options import WithOptions, check_backend
-from fastrnn.nn.rnn import GRU, LSTM, RNN
+from fastrnn.nn.rnn import GRU, LSTM, RNN, Layers
 from fastrnn.ops.attention import check
 from fastrnn.ops.decoder import run_loop
+from fastrnn.reference import LayerWeights
 
 _LAYERS: dict[str, Any] = {"lstm": LSTM, "gru": GRU, "rnn": RNN}
 
@@ -321,15 +322,10 @@ class AttentionDecoder(torch.nn.Module):
         """The whole loop as one operator call, or None where it is not to be had."""
         terms = self.attention._loop_terms(self.rnn.hidden_size)
         rnn, asked = self.rnn, {self.rnn.backend, self.attention.backend}
-        changed = [
-            name
-            for name in WithOptions.__annotations__
-            if name not in ("_cell", "backend", "forget_bias", "reset_after", "return_cell_states")
-            and getattr(rnn, name) != getattr(WithOptions, name)
-        ]
+        layers = plain_layers(rnn)
         if (
             terms is None
-            or changed
+            or layers is None
             or state.attention is not None
             or (terms.v is not None and prepared.keys is None)
             or not asked <= {"auto", "cpu"}
@@ -347,16 +343,12 @@ class AttentionDecoder(torch.nn.Module):
         factors = None if v is None else prepared.factors
         seen = AttentionCall(query, keys, values, v, factors=factors, lengths=prepared.lengths, mask=mask)
         check(seen)
-        layers = []
-        for names in rnn._all_weights:
-            weights = [getattr(rnn, name) for name in names]
-            layers.append((weights[0], weights[1], *(weights[2:] if rnn.bias else (None, None))))
         dropout_mask = None
         if rnn.training and rnn.dropout and rnn.num_layers > 1:
             ones = input.new_ones(rnn.num_layers - 1, input.shape[1], input.shape[0], rnn.hidden_size)
             dropout_mask = torch.dropout(ones, rnn.dropout, True)
         call = DecoderCall(
-            "gru_reset_before" if rnn._cell == "gru" and not rnn.reset_after else rnn._cell,
+            cell_of(rnn),
             input.transpose(0, 1),
             layers,
             state.hidden.transpose(0, 1),
@@ -396,6 +388,24 @@ class AttentionDecoder(torch.nn.Module):
         after = DecoderState(hidden.transpose(0, 1), None if cell is None else cell.transpose(0, 1), of_steps[-1])
         output = torch.cat([h, of_steps], -1).transpose(0, 1)
         return output, after, seen if need_weights else None
+
+
+def cell_of(rnn: Layers) -> str:
+    """Of native.CELL_INDEX."""
+    return "gru_reset_before" if rnn._cell == "gru" and not rnn.reset_after else rnn._cell
+
+
+def plain_layers(rnn: Layers) -> list[LayerWeights] | None:
+    """The weights of each layer; None with options that a loop of several layers' steps does not have."""
+    allowed = ("_cell", "backend", "forget_bias", "reset_after", "return_cell_states")
+    names = [name for name in WithOptions.__annotations__ if name not in allowed]
+    if any(getattr(rnn, name) != getattr(WithOptions, name) for name in names):
+        return None
+    layers = []
+    for of_layer in rnn._all_weights:
+        weights = [getattr(rnn, name) for name in of_layer]
+        layers.append((weights[0], weights[1], *(weights[2:] if rnn.bias else (None, None))))
+    return layers
 
 
 def _tensor_of(memory: Tensor | PreparedMemory) -> Tensor:

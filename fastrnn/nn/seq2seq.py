@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastrnn.nn
+from fastrnn.backends.decode_step import DecodeStep, Runner
+from fastrnn.backends.decoder import DecoderCall
 from fastrnn.nn.attention import PreparedMemory
-from fastrnn.nn.decoder import AttentionDecoder, DecoderState
+from fastrnn.nn.decoder import AttentionDecoder, DecoderState, cell_of, plain_layers
 from fastrnn.nn.options import WithOptions
 from fastrnn.nn.rnn import Layers
 from fastrnn.ops.linear import linear
@@ -199,6 +201,38 @@ class TokenDecoder(torch.nn.Module):
         assert isinstance(state, RecurrentState)
         output, recurrent = self._run_layers(x.unsqueeze(0), state)
         return self.logits(output.squeeze(0)), recurrent, None
+
+    def fused(self, state: DecoderState | RecurrentState, prepared: PreparedMemory | None) -> Runner | None:
+        """What computes a step from this state on, and what a search selects, in one call; None where nothing can."""
+        rnn, layers = self.rnn, self.layers
+        if self.training and (self.dropout or layers.dropout):
+            return None
+        x, seen = self.embedding.weight.new_empty(len(state.hidden), 1, self.embedding_dim), None
+        if isinstance(rnn, AttentionDecoder):
+            assert isinstance(state, DecoderState) and prepared is not None
+            call = rnn._loop_call(x, prepared, state, None) if rnn.input_feeding else None
+            if call is None:
+                return None
+            if rnn.attend == "before":
+                call.context0, seen, _ = rnn._ask(state.hidden[:, -1], prepared, None, None, True)
+        else:
+            weights, hidden = plain_layers(layers), state.hidden.transpose(0, 1)
+            if weights is None or layers.backend not in ("auto", "cpu"):
+                return None
+            cell, nothing = None if state.cell is None else state.cell.transpose(0, 1), x.new_empty(0, 0, 0)
+            call = DecoderCall(
+                cell_of(layers), x.transpose(0, 1), weights, hidden, cell, hidden[0, :, :0], None, nothing
+            )
+        step = DecodeStep(
+            call,
+            isinstance(rnn, AttentionDecoder) and rnn.attend == "before",
+            self.embedding.weight.contiguous(),
+            None if self.readout is None else self.readout.weight,
+            self.projection.weight,
+            self.projection.bias,
+            seen,
+        )
+        return Runner(step) if step.is_possible() else None
 
     def logits(self, output: Tensor) -> Tensor:
         """Of the next token [.., V], from outputs of the layers [.., output_size]."""
@@ -403,14 +437,9 @@ class Seq2Seq(torch.nn.Module):
         options.setdefault("eos", decoder.eos)
         options.setdefault("pad", decoder.pad)
 
-        def step(tokens: Tensor, state: Any) -> tuple[Any, ...]:
-            of_decoder, shared = state
-            logits, after, weights = decoder.step(tokens, of_decoder, shared.value, weighted)
-            return logits, (after, shared), weights
-
         state = decoder.initial_state(expand(hidden, beam_size, dim=1), memory, beam_size)
         return beam_search(
-            step,
+            _Step(decoder, weighted),
             (state, Shared(prepared)),
             batch_size=len(source),
             beam_size=beam_size,
@@ -444,13 +473,13 @@ class Seq2Seq(torch.nn.Module):
             return None
         h, c = hidden if isinstance(hidden, (tuple, list)) else (hidden, None)
         if self.bridge == "learned":
-            h, c = (None if state is None else state.transpose(0, 1).flatten(1) for state in (h, c))
-            h = torch.tanh(linear(h, self.bridge_hidden.weight) + self.bridge_hidden.bias)
+            flat = h.transpose(0, 1).flatten(1)
+            flat_h = torch.tanh(linear(flat, self.bridge_hidden.weight) + self.bridge_hidden.bias)
             if hasattr(self, "bridge_cell"):
-                c = linear(c, self.bridge_cell.weight) + self.bridge_cell.bias
+                flat_c = linear(c.transpose(0, 1).flatten(1), self.bridge_cell.weight) + self.bridge_cell.bias
             else:
-                c = torch.zeros_like(h)
-            h, c = (state.view(len(h), layers.num_layers, -1).transpose(0, 1).contiguous() for state in (h, c))
+                flat_c = torch.zeros_like(flat_h)
+            h, c = (s.view(len(flat), layers.num_layers, -1).transpose(0, 1).contiguous() for s in (flat_h, flat_c))
         else:
             bidirectional = isinstance(self.encoder, TokenEncoder) and self.encoder.rnn.bidirectional
             if bidirectional:
@@ -482,6 +511,21 @@ class Seq2Seq(torch.nn.Module):
         (dtype,) = {tensor.dtype for tensor in saved["state"].values()}
         model.to(dtype).load_state_dict(saved["state"])
         return model
+
+
+class _Step:
+    """The step of a search by a decoder. Where it is the only one, the search has it fused."""
+
+    def __init__(self, decoder: TokenDecoder, need_weights: bool) -> None:
+        self.decoder, self.need_weights = decoder, need_weights
+
+    def __call__(self, tokens: Tensor, state: Any) -> tuple[Any, ...]:
+        of_decoder, shared = state
+        logits, after, weights = self.decoder.step(tokens, of_decoder, shared.value, self.need_weights)
+        return logits, (after, shared), weights
+
+    def fused(self, state: Any) -> Runner | None:
+        return self.decoder.fused(state[0], state[1].value)
 
 
 def _description(module: torch.nn.Module) -> dict[str, Any]:

@@ -227,7 +227,9 @@ def beam_search(
     )
     rising = any(weight < 0 for weight in search.weights) or (len(steps) > 1 and bool(processors))
     falling = not rising and (combine == "log" or sum(search.weights) <= 1 + 1e-6)
-    stop = StopRule("never" if sample else early_stopping, n_best, math.ceil(patience * beam_size), falling)
+    # Where sums may rise nothing can be ruled out.
+    never = sample is not None or (early_stopping == "exact" and not falling)
+    stop = StopRule("never" if never else early_stopping, n_best, math.ceil(patience * beam_size))
 
     def begin(dtype: torch.dtype) -> Hypotheses:
         scores = torch.full((batch_size, beam_size), -torch.inf, dtype=dtype, device=device)
@@ -236,13 +238,15 @@ def beam_search(
         ranking = Ranking(length_penalty, alpha, word_reward, longest, dtype, device)
         return Hypotheses(batch_size, beam_size, search.eos, least, limits, ranking, stop, scores)
 
+    if len(steps) == 1 and batch_size and hasattr(steps[0], "fused"):
+        search.runner = steps[0].fused(states[0])
     tokens = starts.repeat_interleave(beam_size)
     every = sync_every or (1 if device.type == "cpu" else 8)
     found: Hypotheses | None = None
     for t in range(longest if batch_size else 0):
-        logits = search.call(tokens)
+        logits = search.call(tokens, t)
         if found is None:
-            found = begin(torch.promote_types(logits[0].dtype, torch.float32))
+            found = begin(torch.promote_types(logits[0].dtype, torch.float32) if logits else torch.float32)
         tokens = search.take(found, logits, t)
         if (t + 1) % every == 0 or t + 1 == longest:
             search.check(found)
@@ -340,6 +344,10 @@ class _Search:
         self.sampled: tuple[Tensor, Tensor] | None = None  # [b, K]: sums under what is sampled from, and perturbed
         self.broken: Tensor | None = None  # [b]: NaN was seen
         self.vocabulary = 0
+        # A step that is fused with the selection keeps its state, whose rows these are now, and gets these tokens.
+        self.runner: Any = None
+        self.rows: Tensor | None = None
+        self.tokens: Tensor | None = None
         self.remembers = bool(
             self.processors
             or self.repetition_penalty != 1
@@ -348,10 +356,20 @@ class _Search:
             or self.allowed is not None
         )
         self.changes = self.remembers or len(self.steps) > 1 or self.eos_threshold is not None
-        self.changes |= self.groups > 1 or self.sample is not None
+        self.changes |= self.groups > 1 or self.sample is not None or self.stepwise
 
-    def call(self, tokens: Tensor) -> list[Tensor]:
-        """Logits of every step function, [b * K, V] each."""
+    def call(self, tokens: Tensor, t: int) -> list[Tensor]:
+        """Logits of every step function, [b * K, V] each; none where the selection is fused with the step."""
+        if self.runner is not None:
+            self.vocabulary = self.runner.vocabulary
+            self.rows = torch.arange(len(tokens)) if self.rows is None else self.rows
+            if not self.changes and t >= self.forced.steps:
+                self.tokens = tokens
+                return []
+            logits = self.runner.logits(tokens, self.rows)
+            if self.need_weights:
+                self.attention = self.runner.seen.view(len(tokens) // self.beams, self.beams, -1)
+            return [logits]
         found: list[Tensor] = []
         for index, step in enumerate(self.steps):
             logits, self.states[index], *more = step(tokens, self.states[index])
@@ -374,18 +392,12 @@ class _Search:
 
     def take(self, found: Hypotheses, logits: list[Tensor], t: int) -> Tensor:
         """Advances by one step; the next tokens [b * K]."""
-        extra = None
-        if self.coverage is not None:
-            assert self.attention is not None
-            attention = self.attention.to(found.scores.dtype)
-            self.total = attention if self.total is None else self.total + attention
-            extra = constraints.coverage(self.total, self.coverage, self.coverage_beta, self._seen())
         if self.sample is not None:
-            tokens, parents = self._draw(found, self._log_probs(found, logits, t), t, extra)
+            tokens, parents = self._draw(found, self._log_probs(found, logits, t), t)
         elif self.groups > 1:
-            tokens, parents = self._select_groups(found, self._log_probs(found, logits, t), extra)
+            tokens, parents = self._select_groups(found, self._log_probs(found, logits, t))
         else:
-            tokens, parents = self._select(found, logits, t, extra)
+            tokens, parents = self._select(found, logits, t)
         self._follow(tokens, parents)
         return tokens.flatten()
 
@@ -399,7 +411,10 @@ class _Search:
         """Lets go of the sentences that are done; returns which rows stay."""
         keep = found.compact()
         rows = (keep.unsqueeze(1) * self.beams + torch.arange(self.beams, device=keep.device)).flatten()
-        self.states = [_take_rows(state, rows, keep) for state in self.states]
+        if self.runner is None:
+            self.states = [_take_rows(state, rows, keep) for state in self.states]
+        else:
+            self.runner, self.rows = self.runner.keep(self.rows[rows], keep), None  # type: ignore[index]
         for name in ("attention", "total", "history", "broken", "seeds", "source_lengths"):
             value = getattr(self, name)
             if value is not None:
@@ -422,7 +437,19 @@ class _Search:
         if self.beams > 1:
             first = torch.arange(0, tokens.numel(), self.beams, device=tokens.device)
             rows = (first.unsqueeze(1) + parents).flatten()
-            self.states = [_take_rows(state, rows, None) for state in self.states]
+            if self.runner is None:
+                self.states = [_take_rows(state, rows, None) for state in self.states]
+            else:
+                self.rows = rows
+
+    def _covered(self, found: Hypotheses) -> Tensor | None:
+        """[b, K]: the coverage penalty of what comes from each beam, this step's attention included."""
+        if self.coverage is None:
+            return None
+        assert self.attention is not None
+        attention = self.attention.to(found.scores.dtype)
+        self.total = attention if self.total is None else self.total + attention
+        return constraints.coverage(self.total, self.coverage, self.coverage_beta, self._seen())
 
     def _seen(self) -> Tensor | None:
         """[b, S]: which attended places the source has."""
@@ -494,27 +521,31 @@ class _Search:
         broken = (nan & (found.scores > -torch.inf)).any(1)
         self.broken = broken if self.broken is None else self.broken | broken
 
-    def _select(self, found: Hypotheses, logits: list[Tensor], t: int, extra: Tensor | None) -> tuple[Tensor, Tensor]:
-        beams, vocabulary = self.beams, self.vocabulary
-        scores = found.scores
-        steering = extra if self.stepwise else None
-        selected_by = (scores if steering is None else scores + steering).flatten()
+    def _select(self, found: Hypotheses, logits: list[Tensor], t: int) -> tuple[Tensor, Tensor]:
+        beams, vocabulary, scores = self.beams, self.vocabulary, found.scores.flatten()
         count = min((1 + len(self.eos)) * beams, beams * vocabulary)
-        if self.changes or t < self.forced.steps:
+        if not logits:
+            values, indices, normalizers = self.runner.select(self.tokens, self.rows, count, scores, beams)
+            if self.need_weights:
+                self.attention = self.runner.seen.view(-1, beams, self.runner.seen.shape[1])
+            extra = self._covered(found)
+        elif self.changes or t < self.forced.steps:
+            extra = self._covered(found)
             log_probs = self._log_probs(found, logits, t).view(-1, vocabulary)
-            values, indices, _ = select(log_probs, count, selected_by, beams, torch.zeros_like(selected_by))
+            steered = scores + extra.flatten() if self.stepwise and extra is not None else scores
+            values, indices, _ = select(log_probs, count, steered, beams, torch.zeros_like(scores))
+            if self.stepwise and extra is not None:
+                values = values - extra.gather(1, indices // vocabulary)
+            return found.take(values, indices, vocabulary, extra, self._noted())
         else:
-            values, indices, normalizers = select(logits[0], count, selected_by, beams)
-            self._note_broken(found, normalizers.view(-1, beams).isnan())
-        parents, tokens = indices // vocabulary, indices % vocabulary
-        if steering is not None:
-            values = values - steering.gather(1, parents)
-        ends, sums, live_tokens, live_parents, _ = found.choose(values, tokens, parents, beams)
-        live = (sums, live_tokens, live_parents)
-        return found.advance(values, tokens, parents, ends, live, extra, weights=self._noted())
+            values, indices, normalizers = select(logits[0], count, scores, beams)
+            extra = self._covered(found)
+        self._note_broken(found, normalizers.view(-1, beams).isnan())
+        return found.take(values, indices, vocabulary, extra, self._noted())
 
-    def _select_groups(self, found: Hypotheses, log_probs: Tensor, extra: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _select_groups(self, found: Hypotheses, log_probs: Tensor) -> tuple[Tensor, Tensor]:
         batch, beams, vocabulary = log_probs.shape
+        extra = self._covered(found)
         width = beams // self.groups
         count = min((1 + len(self.eos)) * width, width * vocabulary)
         taken = log_probs.new_zeros(batch, 1, vocabulary)
@@ -539,8 +570,9 @@ class _Search:
         live = (sums, others[0], others[1])
         return found.advance(values, tokens, parents, ends, live, extra, weights=self._noted())
 
-    def _draw(self, found: Hypotheses, log_probs: Tensor, t: int, extra: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _draw(self, found: Hypotheses, log_probs: Tensor, t: int) -> tuple[Tensor, Tensor]:
         assert self.seeds is not None
+        extra = self._covered(found)
         batch, beams, vocabulary = log_probs.shape
         scores = found.scores
         drawn_from = sampling.truncated(log_probs.double(), *self.truncation).log_softmax(-1)
@@ -576,7 +608,10 @@ class _Search:
         return found.advance(values, tokens, parents, ends, live, extra, sorted_by, self._noted())
 
     def _noted(self) -> Tensor | None:
-        return self.attention if self.need_alignments else None
+        if not self.need_alignments or self.attention is None:
+            return None
+        # A fused step writes the next step's there.
+        return self.attention if self.runner is None else self.attention.clone()
 
 
 def _take_rows(state: Any, rows: Tensor, sentences: Tensor | None) -> Any:

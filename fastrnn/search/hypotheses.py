@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastrnn.backends import native
+from fastrnn.backends.tensors import address
+
 LENGTH_PENALTIES = ("none", "power", "gnmt", "average")
 EARLY_STOPPING = ("first", "heuristic", "exact")
+_TABLES = ("divisor", "bonus", "largest_divisor", "largest_bonus")
 
 
 class Ranking:
@@ -17,6 +22,11 @@ class Ranking:
     ``divisor`` is 1 for ``"none"``, length for ``"average"``, length^alpha for ``"power"``, and
     ((5 + length) / 6)^alpha for ``"gnmt"`` (Wu et al. 2016, arXiv 1609.08144, equation 14).
     """
+
+    divisor: Tensor  # by length
+    bonus: Tensor
+    largest_divisor: Tensor  # the most of that length and later ones
+    largest_bonus: Tensor
 
     def __init__(
         self,
@@ -40,9 +50,8 @@ class Ranking:
         # The most that a length or any later one allows, for sums that are not positive.
         most = [table[1:].flip(0).cummax(0).values.flip(0) for table in (divisor, bonus)]
         tables = [divisor, bonus, *(torch.cat([table[:1], table]) for table in most)]
-        self.divisor, self.bonus, self.largest_divisor, self.largest_bonus = (
-            table.to(device, dtype) for table in tables
-        )
+        for name, table in zip(_TABLES, tables):
+            setattr(self, name, table.to(device, dtype))
         self.longest = longest
 
     def rank(self, sums: Tensor, length: int) -> Tensor:
@@ -61,7 +70,6 @@ class StopRule:
     early_stopping: str  # of EARLY_STOPPING, or "never"
     wanted: int  # n_best
     enough: int  # finished hypotheses, for "first"
-    falling: bool  # whether sums can only fall, without which nothing can be ruled out
 
 
 class Hypotheses:
@@ -101,6 +109,56 @@ class Hypotheses:
         self.parents: list[Tensor] = []
         self.increments: list[Tensor] = []
         self.weights: list[Tensor] = []  # [B, K, S]: attention of each step, beams as they were before it
+        self._native = self._bind()
+
+    def _bind(self) -> Any:
+        """What csrc/cpu/beam.h works on, where it can: the addresses of the tensors here."""
+        library: Any = native.load()
+        if library is None or not self.scores.is_cpu or self.scores.dtype is not torch.float32:
+            return None
+        beams = library.Beams()
+        beams.sentences, beams.beams, beams.ends = len(self.done), self.beams, len(self.eos)
+        beams.longest, beams.rule = self.ranking.longest, [*EARLY_STOPPING, "never"].index(self.stop.early_stopping)
+        beams.wanted, beams.enough = self.stop.wanted, self.stop.enough
+        names = ("key", "score", "increment", "step", "beam", "token")
+        fields = {name: getattr(self, name) for name in ("eos", "min_length", "max_length", "scores", "done", "count")}
+        fields |= {name: getattr(self.ranking, name) for name in _TABLES} | dict(zip(names, self.pool))
+        for name, tensor in fields.items():
+            assert tensor.is_contiguous()
+            setattr(beams, name, tensor.data_ptr())
+        return beams
+
+    def take(
+        self,
+        values: Tensor,  # [b, C]: sums of log-probabilities, best first by what selects
+        indices: Tensor,  # [b, C]: beam * vocabulary + token
+        vocabulary: int,
+        extra: Tensor | None = None,  # [b, K]: added to the score of what comes from a beam (coverage)
+        weights: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """:meth:`choose` and :meth:`advance`, all beams of a sentence competing."""
+        if self._native is None:
+            parents, tokens = indices // vocabulary, indices % vocabulary
+            ends, *live, _ = self.choose(values, tokens, parents, self.beams)
+            return self.advance(values, tokens, parents, ends, (live[0], live[1], live[2]), extra, weights=weights)
+        tokens, parents, rows = torch.empty(3, len(self.done), self.beams, dtype=torch.int64).unbind()
+        increments = torch.empty(len(self.done), self.beams)
+        values, extra = values.contiguous(), None if extra is None else extra.contiguous()
+        native.load().beam_step(  # type: ignore[union-attr]
+            self._native,
+            values.data_ptr(),
+            indices.data_ptr(),
+            values.shape[1],
+            vocabulary,
+            address(extra),
+            len(self.tokens) + 1,
+            tokens.data_ptr(),
+            parents.data_ptr(),
+            rows.data_ptr(),
+            increments.data_ptr(),
+        )
+        self._note(tokens, parents, increments, weights)
+        return tokens, parents
 
     def choose(
         self,
@@ -175,7 +233,7 @@ class Hypotheses:
             return self.count >= stop.enough
         if stop.early_stopping == "heuristic":
             return self.ranking.rank(best, length) <= self.pool[0][:, -1]
-        if stop.early_stopping == "never" or not stop.falling:
+        if stop.early_stopping == "never":
             return torch.zeros_like(self.done)
         return self.ranking.bound(best, length + 1) <= self.pool[0][:, stop.wanted - 1]
 
@@ -203,6 +261,7 @@ class Hypotheses:
         for name in ("scores", "done", "count", "min_length", "max_length"):
             setattr(self, name, getattr(self, name)[keep])
         self.pool = [column[keep] for column in self.pool]
+        self._native = self._bind()
         return keep
 
     def _leave(self) -> None:
@@ -221,6 +280,9 @@ class Hypotheses:
         longest = int(lengths.max()) if lengths.numel() else 0
         tokens = torch.full((*score.shape, longest), pad, device=score.device)
         log_probs = score.new_zeros(tokens.shape)
+        if self._native is not None and not self.weights:
+            self._trace_back(found, step, beam, token, increment, tokens, log_probs)
+            return tokens, lengths, score, log_probs, None
         weights = self.weights[0].new_zeros(*tokens.shape, self.weights[0].shape[-1]) if self.weights else None
         for t in range(longest - 1, -1, -1):
             last, inside = found & (step == t), found & (step > t)
@@ -235,3 +297,30 @@ class Hypotheses:
                 seen = self.weights[t].gather(1, beam.unsqueeze(-1).expand(-1, -1, weights.shape[-1]))
                 weights[:, :, t] = seen * (last | inside).unsqueeze(-1)
         return tokens, lengths, score, log_probs, weights
+
+    def _trace_back(
+        self,
+        found: Tensor,
+        step: Tensor,
+        beam: Tensor,
+        token: Tensor,
+        increment: Tensor,
+        tokens: Tensor,
+        log_probs: Tensor,
+    ) -> None:
+        last = torch.where(found, step, -1)
+        beam, token, increment = beam.contiguous(), token.contiguous(), increment.contiguous()
+        steps = zip(self.tokens, self.parents, self.increments)
+        native.load().trace_back(  # type: ignore[union-attr]
+            [tuple(tensor.data_ptr() for tensor in of_step) for of_step in steps],
+            self.batch,
+            self.beams,
+            tokens.shape[1],
+            tokens.shape[2],
+            last.data_ptr(),
+            beam.data_ptr(),
+            token.data_ptr(),
+            increment.data_ptr(),
+            tokens.data_ptr(),
+            log_probs.data_ptr(),
+        )
