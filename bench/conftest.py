@@ -12,9 +12,9 @@ import torch
 
 from bench import machine, results
 from bench.peers import THREADS
-from bench.registry import AttentionCase, Case
+from bench.registry import AnyCase
 
-Record = Callable[[Case | AttentionCase, dict[str, Any]], None]
+Record = Callable[[AnyCase, dict[str, Any]], None]
 
 
 @pytest.fixture(scope="session")
@@ -43,7 +43,7 @@ def record(threads: int) -> Record:
         "commit": machine.commit(),
     }
 
-    def write(case: Case | AttentionCase, row: dict[str, Any]) -> None:
+    def write(case: AnyCase, row: dict[str, Any]) -> None:
         data = results.load(path) if path.exists() else {"machine": name, "runs": {}, "rows": {}}
         results.save(path, results.merge(data, run_id, run, case, row))
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.peers import THREADS
-from bench.registry import AttentionCase, Case
+from bench.registry import AnyCase, Case
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("fastrnn", "torch", "triton", "onnxruntime", "openvino", "jax", "flashrnn", "haste_pytorch", "torchrl")
@@ -104,7 +104,7 @@ def isa() -> str:
     return "none" if module is None else module.cpu_isa()
 
 
-def limits(case: Case | AttentionCase) -> dict[str, Callable[[], float]]:
+def limits(case: AnyCase) -> dict[str, Callable[[], float]]:
     """The rate that bounds a case, measured anew by each call: "gflops" of the dtype's FMA on registers, or "gbytes"
     per second of reading as many bytes as weight_hh has. Empty for a single step, for arithmetic in a dtype that the
     CPU does not have, and without the compiled module."""

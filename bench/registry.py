@@ -240,6 +240,52 @@ ATTENTION_CASES = [
 ]
 
 
+@dataclass(frozen=True)
+class SearchCase:
+    """One row of search's results, in fp32.
+
+    modes: "select": the 10 best of 5 rows each by log-softmax and score; "decode": a search of 40 steps by an LSTM
+    decoder with additive attention, 5 beams; "overhead": the same against its forward passes; "finishing": those
+    that end one after the other, after 5 to 50 steps, against searches over those that are left.
+    """
+
+    title: str  # as the report calls it
+    id: str
+    mode: str
+    vocabulary: int
+    rows: int = 0  # of the selection
+    batch: int = 0
+    size: int = 512
+    layers: int = 2
+    baseline: None = None
+    eps: float = torch.finfo(torch.float32).eps
+
+    @property
+    def bound(self) -> str:
+        """A selection is bound by reading the logits, a search by what it computes, in no simple unit."""
+        return "weights" if self.mode == "select" else "latency"
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of logits."""
+        return 4 * self.rows * self.vocabulary
+
+    streamed_bytes = weight_bytes
+
+
+AnyCase = Case | AttentionCase | SearchCase
+SEARCH_CASES = [
+    *(
+        SearchCase(f"select, {rows} rows of 32000", f"search-select-{rows}", "select", 32000, rows)
+        for rows in (5, 40, 160, 768)
+    ),
+    SearchCase("decode, B = 1, V = 8000, 2 x 512", "search-decode-1", "decode", 8000, batch=1),
+    SearchCase("decode, B = 16, V = 8000, 2 x 512", "search-decode-16", "decode", 8000, batch=16),
+    SearchCase("search, B = 16, V = 32000, 1 x 512", "search-overhead", "overhead", 32000, batch=16, layers=1),
+    SearchCase("lengths 5 to 50, B = 16, V = 8000, 2 x 512", "search-finishing", "finishing", 8000, batch=16),
+]
+
+
 def chosen(cases: Sequence[Case]) -> list[Case]:
     """These cases, or those of the shapes in FASTRNN_BENCH_SHAPES=a,c; ValueError where it names an unknown shape."""
     shapes = os.environ.get("FASTRNN_BENCH_SHAPES")

@@ -22,11 +22,12 @@ from bench.registry import (
     ATTENTION_CASES,
     DTYPES,
     GATES,
+    SEARCH_CASES,
     SHAPES,
     STEP_SHAPES,
     VARIANT_SHAPE,
     VARIANTS,
-    AttentionCase,
+    AnyCase,
     Case,
     all_cases,
     plain_cases,
@@ -41,6 +42,8 @@ REPORT = ROOT / "bench" / "report"
 NAMES = {
     "plain": "plain cell",
     "tiled": "tiled memory",
+    "model": "model alone",
+    "live": "live steps alone",
     "fp32": "fastrnn fp32",
     "torch": "torch.nn",
     "onnxruntime": "ONNX Runtime",
@@ -175,6 +178,21 @@ def attention_table(rows: dict[str, Row]) -> str | None:
     return markdown(header, body)
 
 
+def search_table(rows: dict[str, Row]) -> str | None:
+    """Search: our median, torch's operators over it, and what is not the model's own work."""
+    lines = [(case, rows[case.id]) for case in SEARCH_CASES if case.id in rows]
+    if not lines:
+        return None
+    body = []
+    for case, row in lines:
+        label = f"{case.title}{_backend([row])}" if row["backend"] else case.title
+        rate = f"{row['gbytes']:.0f}" if "gbytes" in row else "–"
+        time, ratio, of_model, of_live = _times(row, ["torch", "model", "live"])
+        body.append([label, time, ratio, rate, of_model, of_live])
+    header = ["search, fp32, 5 beams", "ms", "torch's operators ×", "GB/s", "model alone ×", "live steps alone ×"]
+    return markdown(header, body)
+
+
 def provenance(data: dict[str, Any]) -> str:
     """Device, instruction set, versions, commits and dates of all rows of one machine."""
     newest = data["runs"][max(data["runs"])]
@@ -186,7 +204,7 @@ def provenance(data: dict[str, Any]) -> str:
     return f"{device}; {packages}; measured at {', '.join(commits)}.{warning}"
 
 
-def _of(data: dict[str, Any], cases: Iterable[Case | AttentionCase]) -> dict[str, Any]:
+def _of(data: dict[str, Any], cases: Iterable[AnyCase]) -> dict[str, Any]:
     """The results of these cases only."""
     rows = {case.id: data["rows"][case.id] for case in cases if case.id in data["rows"]}
     used = {row["run"] for row in rows.values()}
@@ -206,9 +224,10 @@ def readme_table(files: Sequence[dict[str, Any]]) -> str:
     """What stands between README.md's markers."""
     cpus = [data for data in files if not gpu.is_gpu(data)]
     parts = [_tables(cpus, plain_cases(), [sequence_table, step_table])]
-    for data in (_of(data, ATTENTION_CASES) for data in cpus):
-        if table := attention_table(data["rows"]):
-            parts += [provenance(data), table]
+    for cases, maker in ((ATTENTION_CASES, attention_table), (SEARCH_CASES, search_table)):
+        for data in (_of(data, cases) for data in cpus):
+            if table := maker(data["rows"]):
+                parts += [provenance(data), table]
     return "\n\n".join([*parts, *(gpu.summary(data) for data in files if gpu.is_gpu(data))])
 
 

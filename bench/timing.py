@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from bench.check import Entries
-from bench.registry import AttentionCase, Case
+from bench.registry import AnyCase, Case
 
 Call = Callable[[], Any]
 
@@ -109,7 +109,7 @@ def figures(times: Mapping[str, list[float]], entries: Entries) -> dict[str, Any
 
 
 def make_row(
-    case: Case | AttentionCase,
+    case: AnyCase,
     times: Mapping[str, list[float]],  # seconds per call, one figure per round
     rates: Mapping[str, list[float]],
     entries: Entries,

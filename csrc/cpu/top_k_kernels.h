@@ -29,15 +29,23 @@ inline float value_of(int32_t order) {
   return order == kLowest ? __builtin_nanf("") : value;
 }
 
-inline bool any_lane(VecInt mask) {
+constexpr int kTogether = 4;  // vectors that are compared before a branch
+
+inline __attribute__((always_inline)) bool any_above(const Vec (&x)[kTogether], Vec limit) {
 #if defined(__AVX512F__)
-  return _mm512_test_epi32_mask(reinterpret_cast<__m512i>(mask), reinterpret_cast<__m512i>(mask));
-#elif defined(__AVX2__)
-  return !_mm256_testz_si256(reinterpret_cast<__m256i>(mask), reinterpret_cast<__m256i>(mask));
+  __mmask16 any = 0;
+  for (int i = 0; i < kTogether; ++i) any |= _mm512_cmp_ps_mask(x[i], limit, _CMP_GT_OQ);
+  return any;
 #else
-  int32_t any = 0;
-  for (int i = 0; i < kLanes; ++i) any |= mask[i];
-  return any != 0;
+  VecInt any = {};
+  for (int i = 0; i < kTogether; ++i) any |= x[i] > limit;
+#if defined(__AVX2__)
+  return !_mm256_testz_si256(reinterpret_cast<__m256i>(any), reinterpret_cast<__m256i>(any));
+#else
+  int32_t lanes = 0;
+  for (int i = 0; i < kLanes; ++i) lanes |= any[i];
+  return lanes != 0;
+#endif
 #endif
 }
 
@@ -96,6 +104,31 @@ class Best {
   int64_t count_;
 };
 
+// e^x for x <= 0, to 2e-9 but for the rounding of x log2 e, which grows as terms stop mattering; 1e-38 below -87. A
+// third fewer instructions than exp_nonpositive. The polynomial is a minimax fit (Lawson's iteration) of 2^f.
+inline __attribute__((always_inline)) Vec exp_of_term(Vec x) {
+  Vec t = x * 1.44269504088896341f;
+  t = at_least(-126.0f, t);
+#if defined(__AVX512F__)
+  const Vec n = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  const float magic = 12582912.0f;  // 1.5 * 2^23
+  const Vec n = (t + magic) - magic;
+#endif
+  const Vec f = t - n;
+  Vec p = f * 0.00015353361917254567f + 0.0013398874414315282f;
+  p = p * f + 0.00961843735764695f;
+  p = p * f + 0.05550332471125398f;
+  p = p * f + 0.24022647913628953f;
+  p = p * f + 0.6931472028550668f;
+  p = p * f + 1.0f;
+#if defined(__AVX512F__)
+  return _mm512_scalef_ps(p, n);
+#else
+  return from_bits(bits(p) + (bits(n + magic) << 23));
+#endif
+}
+
 struct BlockSum {
   float largest, sum;  // sum of e^{x - largest}, NaN where an x is
 };
@@ -103,34 +136,50 @@ struct BlockSum {
 // One block of a row, whose first token is `first`. Without `exponentials` the sum says whether there is NaN, no more.
 inline BlockSum read_block(const float* logits, int64_t count, int64_t first, bool exponentials, Best& best) {
   const Vec lowest = splat(-__builtin_inff());
-  Vec most = lowest;
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const int64_t valid = smaller(kLanes, count - i);
-    const Vec x = load(logits + i, valid);
-    if (best.full() && valid == kLanes) {
-      most = x > most ? x : most;
-      if (!any_lane(order_of(x) > VecInt{} + best.limit())) continue;
+  Vec most[kTogether];
+  for (Vec& vector : most) vector = lowest;
+  // NaN is above nothing and nothing is above NaN, which a search full of it must find out slowly.
+  float limit = best.full() ? value_of(best.limit()) : __builtin_nanf("");
+  constexpr int64_t kStride = kTogether * kLanes;
+  for (int64_t i = 0; i < count; i += kStride) {
+    if (i + kStride <= count && limit == limit) {
+      Vec x[kTogether];
+#pragma GCC unroll 4
+      for (int v = 0; v < kTogether; ++v) {
+        x[v] = load(logits + i + v * kLanes);
+        most[v] = x[v] > most[v] ? x[v] : most[v];
+      }
+      if (__builtin_expect(!any_above(x, splat(limit)), 1)) continue;
     }
-    for (int64_t lane = 0; lane < valid; ++lane) {
-      if (x[lane] > most[lane]) most[lane] = x[lane];
-      best.offer({first + i + lane, order_of(x[lane])});
+    for (int64_t at = i; at < smaller(i + kStride, count); ++at) {
+      const float x = logits[at];
+      if (x > most[0][0]) most[0][0] = x;
+      // Later ones come behind equal ones.
+      if (!(x <= limit)) best.offer({first + at, order_of(x)});
+      if (best.full()) limit = value_of(best.limit());
     }
   }
-  float largest = most[0];
-  for (int lane = 1; lane < kLanes; ++lane) largest = most[lane] > largest ? most[lane] : largest;
+  for (int v = 1; v < kTogether; ++v) most[0] = most[v] > most[0] ? most[v] : most[0];
+  float largest = most[0][0];
+  for (int lane = 1; lane < kLanes; ++lane) largest = most[0][lane] > largest ? most[0][lane] : largest;
   const float infinity = __builtin_inff();
   if (!exponentials || largest == infinity || largest == -infinity) {
     int32_t broken = 0;
     for (int64_t i = 0; i < count; ++i) broken |= logits[i] != logits[i];
     return {largest, broken ? __builtin_nanf("") : static_cast<float>(largest == infinity)};
   }
-  Vec sums = {};
+  Vec sums = {}, more = {};
   int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) sums += exp_nonpositive(load(logits + i) - largest);
+  for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
+    sums += exp_of_term(load(logits + i) - largest);
+    more += exp_of_term(load(logits + i + kLanes) - largest);
+  }
+  sums += more;
+  for (; i + kLanes <= count; i += kLanes) sums += exp_of_term(load(logits + i) - largest);
   if (i < count) {
     Vec x = lowest;
     for (int64_t lane = 0; lane < count - i; ++lane) x[lane] = logits[i + lane];
-    sums += exp_nonpositive(x - largest);
+    sums += exp_of_term(x - largest);
   }
   float sum = 0;
   for (int lane = 0; lane < kLanes; ++lane) sum += sums[lane];

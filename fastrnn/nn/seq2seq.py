@@ -439,7 +439,7 @@ class Seq2Seq(torch.nn.Module):
 
         state = decoder.initial_state(expand(hidden, beam_size, dim=1), memory, beam_size)
         return beam_search(
-            _Step(decoder, weighted),
+            DecoderStep(decoder, weighted),
             (state, Shared(prepared)),
             batch_size=len(source),
             beam_size=beam_size,
@@ -513,7 +513,7 @@ class Seq2Seq(torch.nn.Module):
         return model
 
 
-class _Step:
+class DecoderStep:
     """The step of a search by a decoder. Where it is the only one, the search has it fused."""
 
     def __init__(self, decoder: TokenDecoder, need_weights: bool) -> None:
