@@ -143,7 +143,8 @@ class Hypotheses:
             return self.advance(values, tokens, parents, ends, (live[0], live[1], live[2]), extra, weights=weights)
         tokens, parents, rows = torch.empty(3, len(self.done), self.beams, dtype=torch.int64).unbind()
         increments = torch.empty(len(self.done), self.beams)
-        values, extra = values.contiguous(), None if extra is None else extra.contiguous()
+        values, indices = values.contiguous(), indices.contiguous()
+        extra = None if extra is None else extra.contiguous()
         native.load().beam_step(  # type: ignore[union-attr]
             self._native,
             values.data_ptr(),
