@@ -95,10 +95,10 @@ class Best {
 };
 
 struct BlockSum {
-  float largest, sum;  // sum of e^{x - largest}, NaN where an x is
+  float largest, sum;  // sum of e^{x - largest}; NaN where an x is NaN or inf
 };
 
-// One block of a row, whose first token is `first`. Without `exponentials` the sum says whether there is NaN, no more.
+// One block of a row, whose first token is `first`. Without `exponentials` the sum is NaN or not, no more.
 inline BlockSum read_block(const float* logits, int64_t count, int64_t first, bool exponentials, Best& best) {
   const Vec lowest = splat(-__builtin_inff());
   Vec most = lowest;
@@ -119,8 +119,8 @@ inline BlockSum read_block(const float* logits, int64_t count, int64_t first, bo
   const float infinity = __builtin_inff();
   if (!exponentials || largest == infinity || largest == -infinity) {
     int32_t broken = 0;
-    for (int64_t i = 0; i < count; ++i) broken |= logits[i] != logits[i];
-    return {largest, broken ? __builtin_nanf("") : static_cast<float>(largest == infinity)};
+    for (int64_t i = 0; i < count; ++i) broken |= !(logits[i] < infinity);
+    return {largest, broken ? __builtin_nanf("") : 0.0f};
   }
   Vec sums = {};
   int64_t i = 0;
@@ -156,8 +156,11 @@ inline void top_k(const TopK& call, int threads) {
   const int64_t items = rows * parts, slots = larger(1, smaller(wanted, items));
   constexpr int64_t kFloats = sizeof(Candidate) / sizeof(float);
   const Scratch found(items * kept * kFloats), merged(call.groups * call.k * kFloats);
+  const Scratch whole(parts == 1 ? 0 : rows * kept * kFloats);
   const Scratch block_sums(2 * rows * blocks), widening(slots * kBlock), counts(2 * items);
   Candidate* candidates = reinterpret_cast<Candidate*>(found.data());
+  // Of each row the best, best first.
+  Candidate* of_rows = parts == 1 ? candidates : reinterpret_cast<Candidate*>(whole.data());
   BlockSum* sums = reinterpret_cast<BlockSum*>(block_sums.data());
   int64_t* found_counts = reinterpret_cast<int64_t*>(counts.data());
 
@@ -191,21 +194,29 @@ inline void top_k(const TopK& call, int threads) {
         float normalizer = log_sum(sums + row * blocks, blocks);
         if (call.given && normalizer == normalizer) normalizer = call.given[row];
         call.normalizers[row] = normalizer;
-        for (int64_t item = row * parts; item < (row + 1) * parts; ++item)
-          for (int64_t c = 0; c < found_counts[item]; ++c) {
-            const Candidate& candidate = candidates[item * kept + c];
-            const float logit = value_of(candidate.order);
-            // -inf stays: a token that is not allowed, also where none is.
-            const float value =
-                normalizer == normalizer && logit == -__builtin_inff() ? logit : logit - normalizer + score;
-            best.offer({i * vocabulary + candidate.index, order_of(value)});
-          }
+        const Candidate* own = of_rows + row * kept;
+        if (parts > 1) {
+          Best of_row(of_rows + row * kept, kept);
+          for (int64_t item = row * parts; item < (row + 1) * parts; ++item)
+            for (int64_t c = 0; c < found_counts[item]; ++c) of_row.offer(candidates[item * kept + c]);
+          of_row.sort();
+        }
+        const bool broken = normalizer != normalizer || score != score;
+        for (int64_t c = 0; c < kept; ++c) {
+          const float logit = value_of(own[c].order);
+          // -inf stays: a token that is not allowed, also where none is.
+          const float value = logit == -__builtin_inff() && !broken ? logit : logit - normalizer + score;
+          // Equal values as they come.
+          best.offer({i * kept + c, order_of(value)});
+        }
       }
       const int64_t count = best.sort();
       const Candidate* sorted = reinterpret_cast<Candidate*>(merged.data()) + group * call.k;
       for (int64_t c = 0; c < count; ++c) {
         call.values[group * call.k + c] = value_of(sorted[c].order);
-        call.indices[group * call.k + c] = sorted[c].index;
+        const int64_t row = sorted[c].index / kept;
+        const Candidate& token = of_rows[(group * call.group_size + row) * kept + sorted[c].index % kept];
+        call.indices[group * call.k + c] = row * vocabulary + token.index;
       }
     }
   });
