@@ -18,7 +18,7 @@ struct TopK {
   const float* given;   // normalizers [groups * group_size], or null: log sum e^logit
   float* values;        // [groups, k], best first
   int64_t* indices;     // [groups, k]: row within the group * vocabulary + token
-  float* normalizers;   // [groups * group_size]: what was subtracted; NaN for a row with NaN
+  float* normalizers;   // [groups * group_size]: what was subtracted; NaN for a row with NaN or inf
 };
 
 using TopKKernel = void (*)(const TopK&, int threads);

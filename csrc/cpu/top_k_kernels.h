@@ -130,10 +130,10 @@ inline __attribute__((always_inline)) Vec exp_of_term(Vec x) {
 }
 
 struct BlockSum {
-  float largest, sum;  // sum of e^{x - largest}, NaN where an x is
+  float largest, sum;  // sum of e^{x - largest}; NaN where an x is NaN or inf
 };
 
-// One block of a row, whose first token is `first`. Without `exponentials` the sum says whether there is NaN, no more.
+// One block of a row, whose first token is `first`. Without `exponentials` the sum is NaN or not, no more.
 inline BlockSum read_block(const float* logits, int64_t count, int64_t first, bool exponentials, Best& best) {
   const Vec lowest = splat(-__builtin_inff());
   Vec most[kTogether];
@@ -165,8 +165,8 @@ inline BlockSum read_block(const float* logits, int64_t count, int64_t first, bo
   const float infinity = __builtin_inff();
   if (!exponentials || largest == infinity || largest == -infinity) {
     int32_t broken = 0;
-    for (int64_t i = 0; i < count; ++i) broken |= logits[i] != logits[i];
-    return {largest, broken ? __builtin_nanf("") : static_cast<float>(largest == infinity)};
+    for (int64_t i = 0; i < count; ++i) broken |= !(logits[i] < infinity);
+    return {largest, broken ? __builtin_nanf("") : 0.0f};
   }
   Vec sums = {}, more = {};
   int64_t i = 0;
@@ -283,7 +283,12 @@ inline void project(const TopK& call, const Found& found) {
 
 // The second pass: the best of each group's rows by their normalizers and scores.
 inline void merge(const TopK& call, const Found& found, int64_t threads) {
-  const Scratch merged(call.groups * call.k * sizeof(Candidate) / sizeof(float));
+  const int64_t kept = found.kept, parts = found.parts;
+  constexpr int64_t kFloats = sizeof(Candidate) / sizeof(float);
+  const Scratch merged(call.groups * call.k * kFloats);
+  // Of each row the best, best first.
+  const Scratch whole(parts == 1 ? 0 : call.groups * call.group_size * kept * kFloats);
+  Candidate* of_rows = parts == 1 ? found.candidates(0) : reinterpret_cast<Candidate*>(whole.data());
   const int64_t team = larger(1, smaller(threads, call.groups));
   on_team(team, [&](int64_t begin, int64_t end) {
     for (int64_t group = call.groups * begin / team; group < call.groups * end / team; ++group) {
@@ -295,20 +300,28 @@ inline void merge(const TopK& call, const Found& found, int64_t threads) {
         float normalizer = log_sum(found.sums(row), found.blocks);
         if (call.given && normalizer == normalizer) normalizer = call.given[row];
         call.normalizers[row] = normalizer;
-        for (int64_t item = row * found.parts; item < (row + 1) * found.parts; ++item)
-          for (int64_t c = 0; c < found.count(item); ++c) {
-            const Candidate& candidate = found.candidates(item)[c];
-            const float logit = value_of(candidate.order);
-            // -inf stays: a token that is not allowed, also where none is.
-            const float value =
-                normalizer == normalizer && logit == -__builtin_inff() ? logit : logit - normalizer + score;
-            best.offer({i * call.vocabulary + candidate.index, order_of(value)});
-          }
+        Candidate* own = of_rows + row * kept;
+        if (parts > 1) {
+          Best of_row(own, kept, 0);
+          for (int64_t item = row * parts; item < (row + 1) * parts; ++item)
+            for (int64_t c = 0; c < found.count(item); ++c) of_row.offer(found.candidates(item)[c]);
+          of_row.sort();
+        }
+        const bool broken = normalizer != normalizer || score != score;
+        for (int64_t c = 0; c < kept; ++c) {
+          const float logit = value_of(own[c].order);
+          // -inf stays: a token that is not allowed, also where none is.
+          const float value = logit == -__builtin_inff() && !broken ? logit : logit - normalizer + score;
+          // Equal values as they come.
+          best.offer({i * kept + c, order_of(value)});
+        }
       }
       const int64_t count = best.sort();
       for (int64_t c = 0; c < count; ++c) {
         call.values[group * call.k + c] = value_of(sorted[c].order);
-        call.indices[group * call.k + c] = sorted[c].index;
+        const int64_t row = sorted[c].index / kept;
+        const Candidate& token = of_rows[(group * call.group_size + row) * kept + sorted[c].index % kept];
+        call.indices[group * call.k + c] = row * call.vocabulary + token.index;
       }
     }
   });

@@ -16,11 +16,11 @@ def top_k_log_softmax(
     """The k largest of scores_r + log softmax(logits_r)_v among the rows r of each group and the tokens v.
 
     Within a row the logits themselves decide, so that rounding makes no ties; equal ones are taken by the lowest index,
-    and so are equal values of several rows.
+    and equal values of several rows by the lowest row.
 
     Args:
         logits: [G * K, V], of a floating dtype. -inf is a token that is not allowed, and never counts for more than
-            -inf. A row with NaN gives NaN, which comes after everything else.
+            -inf. A row with NaN or inf, or with a score of NaN, gives NaN, which comes after everything else.
         k: how many; at most K * V.
         scores: [G * K], what each row has so far; float32, or float64 with logits of float64. 0 by default.
         group_size: K, neighbouring rows that compete, such as the beams of a sentence.
@@ -70,8 +70,8 @@ def select(
             before tokens were banned; zeros where the logits are log-probabilities already.
 
     Returns:
-        Values, indices, and the normalizers that were subtracted [G * K]: NaN for a row that has a NaN, -inf for a row
-        of nothing but -inf.
+        Values, indices, and the normalizers that were subtracted [G * K]: NaN for a row that has NaN or inf, -inf for a
+        row of nothing but -inf if they were not given.
     """
     if transforming():
         return reference.top_k_log_softmax(logits, k, scores, group_size, normalizers)

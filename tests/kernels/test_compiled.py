@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from fastrnn.backends import gpu  # noqa: E402
+from fastrnn.backends import gpu, top_k  # noqa: E402
 from fastrnn.backends import triton as backend  # noqa: E402
 from fastrnn.backends.attention import triton as attention  # noqa: E402
 from fastrnn.reference import CELLS  # noqa: E402
@@ -277,6 +277,32 @@ def test_attention_in_tf32(compiling: Any, monkeypatch: pytest.MonkeyPatch) -> N
     _assert_fit(found, PRODUCTS, 90, spilled=64)
 
 
+# top_k_log_softmax
+
+
+@pytest.mark.parametrize("architecture", SHARED)
+@pytest.mark.parametrize(
+    "dtype, vocabulary, k, group_size, given",
+    [
+        (torch.float32, 50257, 10, 10, False),
+        (torch.bfloat16, 32000, 20, 10, False),
+        (torch.float16, 32000, 128, 5, True),
+        (torch.float32, 9000, 5000, 2, True),
+        (torch.float32, 1, 1, 1, False),
+    ],
+    ids=str,
+)
+def test_top_k(
+    dtype: torch.dtype, vocabulary: int, k: int, group_size: int, given: bool, architecture: int, compiling: Any
+) -> None:
+    logits, scores = torch.zeros(2 * group_size, vocabulary, dtype=dtype), torch.zeros(2 * group_size)
+    with compiling(architecture) as found:
+        top_k._launch_triton(logits, k, scores, group_size, scores if given else None)
+    names = {"top_k_parts", "top_k_rows", "top_k_groups"} if group_size > 1 else {"top_k_parts", "top_k_rows"}
+    _assert_fit(found, names, architecture, spilled=0)
+    assert all(kernel.shared <= 65536 for kernel in found)
+
+
 # The choice of a launch
 
 
@@ -302,3 +328,12 @@ def test_a_choice_for_attention_depends_on_the_size_alone() -> None:
     for features in (True, False):
         assert attention.pick_additive(1, features).rows == 1
     assert [attention.pick_features(count) for count in (1, 16, 17, 64, 1000)] == [16, 16, 32, 64, 64]
+
+
+def test_a_choice_for_top_k_depends_on_the_sizes_of_a_row_alone() -> None:
+    for vocabulary in (1, 100, 128, 129, 5000, 250000):
+        reading = top_k.pick_parts(vocabulary)
+        assert reading.tokens & (reading.tokens - 1) == 0 and 32 * reading.warps <= reading.tokens
+        # Keys of float16 have 19 bits and the place in a part, as a signed number of 32 bits.
+        assert reading.tokens <= 4096
+    assert top_k.pick_places(32) != top_k.pick_places(33) == top_k.pick_places(10**6)
