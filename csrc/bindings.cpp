@@ -486,6 +486,7 @@ void bind_search(py::module_& m) {
       .value("enough", &Beams::enough)
       .address("scores", &Beams::scores)
       .address("done", &Beams::done)
+      .address("broken", &Beams::broken)
       .address("count", &Beams::count)
       .address("key", &Beams::key)
       .address("score", &Beams::score)
@@ -494,10 +495,13 @@ void bind_search(py::module_& m) {
       .address("beam", &Beams::beam)
       .address("token", &Beams::token);
   m.def("beam_step", [](const Beams& beams, uintptr_t values, uintptr_t indices, int64_t count, int64_t vocabulary,
-                        uintptr_t extra, int64_t length, uintptr_t tokens, uintptr_t parents, uintptr_t rows,
-                        uintptr_t increments) {
-    beam_step(beams, {pointer(values), pointer<const int64_t>(indices), count, vocabulary, pointer(extra)}, length,
-              {pointer<int64_t>(tokens), pointer<int64_t>(parents), pointer<int64_t>(rows), pointer(increments)});
+                        uintptr_t extra, uintptr_t normalizers, int64_t length, uintptr_t tokens, uintptr_t parents,
+                        uintptr_t rows, uintptr_t increments) {
+    const Candidates candidates{pointer(values),     pointer<const int64_t>(indices), count, vocabulary, pointer(extra),
+                                pointer(normalizers)};
+    return beam_step(
+        beams, candidates, length,
+        {pointer<int64_t>(tokens), pointer<int64_t>(parents), pointer<int64_t>(rows), pointer(increments)});
   });
   m.def("trace_back", [](const std::vector<std::array<uintptr_t, 3>>& steps, int64_t batch, int64_t beams,
                          int64_t wanted, int64_t longest, uintptr_t step, uintptr_t beam, uintptr_t token,

@@ -24,6 +24,8 @@ class Sentence {
     const bool may_end = length_ >= all_.min_length[index_], at_limit = length_ >= all_.max_length[index_];
     float* scores = all_.scores + first_;
     before_.assign(scores, scores + beams);
+    for (int64_t k = 0; candidates_.normalizers && k < beams; ++k)
+      all_.broken[index_] |= before_[k] > -INFINITY && isnan(candidates_.normalizers[first_ + k]);
     offered_.clear();
     cut_.clear();
     int64_t going = 0, ended = 0;
@@ -110,9 +112,11 @@ class Sentence {
 
 }  // namespace
 
-void beam_step(const Beams& beams, const Candidates& candidates, int64_t length, const Live& live) {
+int64_t beam_step(const Beams& beams, const Candidates& candidates, int64_t length, const Live& live) {
   for (int64_t sentence = 0; sentence < beams.sentences; ++sentence)
     Sentence(beams, candidates, length, sentence).step(live);
+  const auto all = [&](const uint8_t* flags) { return std::count(flags, flags + beams.sentences, 0); };
+  return all(beams.broken) < beams.sentences ? -1 : all(beams.done);
 }
 
 void trace_back(const Trace* steps, int64_t batch, int64_t beams, int64_t wanted, int64_t longest, const int64_t* step,

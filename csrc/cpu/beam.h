@@ -18,19 +18,21 @@ struct Beams {
   StopRule rule;
   int64_t wanted, enough;
   float* scores;
-  uint8_t* done;
+  uint8_t *done, *broken;
   int64_t* count;  // of finished hypotheses
   // Finished hypotheses, best first: sort key, score, last token's log-probability, its step, the beam it came from.
   float *key, *score, *increment;
   int64_t *step, *beam, *token;
 };
 
-// Candidates [b, C], best first: sums of log-probabilities, and beam * vocabulary + token.
+// Candidates [b, C], best first: sums of log-probabilities, and beam * vocabulary + token. Normalizers [b, K] (or null)
+// are NaN for beams whose logits are broken.
 struct Candidates {
   const float* values;
   const int64_t* indices;
   int64_t count, vocabulary;
   const float* extra;  // [b, K]: added to the score of what ends from a beam; or null
+  const float* normalizers;
 };
 
 // What goes on [b, K]: tokens, beams and rows that they came from, log-probabilities.
@@ -39,7 +41,8 @@ struct Live {
   float* increments;
 };
 
-void beam_step(const Beams&, const Candidates&, int64_t length, const Live&);
+// Returns how many sentences are not done, -1 where one is broken.
+int64_t beam_step(const Beams&, const Candidates&, int64_t length, const Live&);
 
 // What each step of a search left, of all sentences [B, K].
 struct Trace {

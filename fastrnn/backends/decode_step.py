@@ -63,6 +63,7 @@ class Runner:
         library: Any = native.load()
         attends = step.attends
         (layers, batch, hidden), context = call.h0.shape, call.context0.shape[1]
+        self.batch = batch
         attention, embedded = None, call.x.shape[2]
         if attends:
             query = call.keys.new_empty(call.keys.shape[0], batch // call.keys.shape[0], call.keys.shape[2])
@@ -106,15 +107,7 @@ class Runner:
             loop.kept.append(readout)
         loop.kept.append(projection)
         found.panels, found.bias = projection.address(False), step.bias.data_ptr()
-        found.vocabulary = len(step.weight)
-
-    @property
-    def batch(self) -> int:
-        return self.h.shape[2]
-
-    @property
-    def vocabulary(self) -> int:
-        return len(self.step.weight)
+        found.vocabulary = self.vocabulary = step.weight.shape[0]
 
     def keep(self, rows: Tensor, sentences: Tensor) -> Runner:
         """One for fewer sequences, which are those rows now, and for those memories."""
@@ -144,7 +137,7 @@ class Runner:
     def logits(self, tokens: Tensor, rows: Tensor) -> Tensor:
         """All logits [N, V] after tokens [N], of sequences that were those rows [N] before."""
         self._follow(rows)
-        found = self.h.new_empty(self.batch, len(self.step.weight))
+        found = self.h.new_empty(self.batch, self.vocabulary)
         native.load().decode_logits(  # type: ignore[union-attr]
             self.native, tokens.data_ptr(), rows.data_ptr(), found.data_ptr(), torch.get_num_threads()
         )

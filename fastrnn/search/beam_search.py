@@ -249,13 +249,12 @@ def beam_search(
             found = begin(torch.promote_types(logits[0].dtype, torch.float32) if logits else torch.float32)
         tokens = search.take(found, logits, t)
         if (t + 1) % every == 0 or t + 1 == longest:
-            search.check(found)
             left = found.unfinished()
             if progress is not None:
                 progress(t + 1, left)
             if left == 0:
                 break
-            if left < len(found.done):
+            if left < found.scores.shape[0]:
                 tokens = tokens.view(-1, beam_size)[search.drop(found)].flatten()
     if found is None:
         found = begin(torch.float32)
@@ -342,8 +341,9 @@ class _Search:
         self.total: Tensor | None = None  # [b, K, S] of the steps before
         self.history: Tensor | None = None  # [b, K, t], where something wants it
         self.sampled: tuple[Tensor, Tensor] | None = None  # [b, K]: sums under what is sampled from, and perturbed
-        self.broken: Tensor | None = None  # [b]: NaN was seen
         self.vocabulary = 0
+        # For each beam that goes on: so many contain one that does not end, whatever ends.
+        self.candidates = 1 + self.eos.shape[0]
         # A step that is fused with the selection keeps its state, whose rows these are now, and gets these tokens.
         self.runner: Any = None
         self.rows: Tensor | None = None
@@ -362,7 +362,7 @@ class _Search:
         """Logits of every step function, [b * K, V] each; none where the selection is fused with the step."""
         if self.runner is not None:
             self.vocabulary = self.runner.vocabulary
-            self.rows = torch.arange(len(tokens)) if self.rows is None else self.rows
+            self.rows = torch.arange(tokens.shape[0]) if self.rows is None else self.rows
             if not self.changes and t >= self.forced.steps:
                 self.tokens = tokens
                 return []
@@ -393,19 +393,13 @@ class _Search:
     def take(self, found: Hypotheses, logits: list[Tensor], t: int) -> Tensor:
         """Advances by one step; the next tokens [b * K]."""
         if self.sample is not None:
-            tokens, parents = self._draw(found, self._log_probs(found, logits, t), t)
+            tokens, parents, rows = self._draw(found, self._log_probs(found, logits, t), t)
         elif self.groups > 1:
-            tokens, parents = self._select_groups(found, self._log_probs(found, logits, t))
+            tokens, parents, rows = self._select_groups(found, self._log_probs(found, logits, t))
         else:
-            tokens, parents = self._select(found, logits, t)
-        self._follow(tokens, parents)
+            tokens, parents, rows = self._select(found, logits, t)
+        self._follow(tokens, parents, rows)
         return tokens.flatten()
-
-    def check(self, found: Hypotheses) -> None:
-        if self.broken is not None and bool(self.broken.any()):
-            rows = self.broken.nonzero().squeeze(1)
-            sentences = (rows if found.sentences is None else found.sentences[rows]).tolist()
-            raise ValueError(f"step must return logits without NaN, got NaN for sentences {sentences}")
 
     def drop(self, found: Hypotheses) -> Tensor:
         """Lets go of the sentences that are done; returns which rows stay."""
@@ -415,7 +409,7 @@ class _Search:
             self.states = [_take_rows(state, rows, keep) for state in self.states]
         else:
             self.runner, self.rows = self.runner.keep(self.rows[rows], keep), None  # type: ignore[index]
-        for name in ("attention", "total", "history", "broken", "seeds", "source_lengths"):
+        for name in ("attention", "total", "history", "seeds", "source_lengths"):
             value = getattr(self, name)
             if value is not None:
                 setattr(self, name, value[keep])
@@ -424,7 +418,7 @@ class _Search:
         self.forced.keep(keep)
         return keep
 
-    def _follow(self, tokens: Tensor, parents: Tensor) -> None:
+    def _follow(self, tokens: Tensor, parents: Tensor, rows: Tensor) -> None:
         """Moves everything that belongs to a beam to where its continuation is."""
         if self.remembers:
             new = tokens.unsqueeze(-1)
@@ -434,13 +428,10 @@ class _Search:
             self.history = new
         if self.total is not None:
             self.total = self.total.gather(1, parents.unsqueeze(-1).expand(self.total.shape))
-        if self.beams > 1:
-            first = torch.arange(0, tokens.numel(), self.beams, device=tokens.device)
-            rows = (first.unsqueeze(1) + parents).flatten()
-            if self.runner is None:
-                self.states = [_take_rows(state, rows, None) for state in self.states]
-            else:
-                self.rows = rows
+        if self.runner is not None:
+            self.rows = rows
+        elif self.beams > 1:
+            self.states = [_take_rows(state, rows, None) for state in self.states]
 
     def _covered(self, found: Hypotheses) -> Tensor | None:
         """[b, K]: the coverage penalty of what comes from each beam, this step's attention included."""
@@ -497,7 +488,7 @@ class _Search:
             allowed = torch.where(early, allowed.index_fill(-1, self.eos, -torch.inf), allowed)
         if t < self.forced.steps:
             allowed = self.forced.force(allowed, log_probs, t)
-        self._note_broken(found, log_probs.isnan().any(-1))
+        found.note_broken(log_probs.isnan().any(-1))
         return allowed
 
     def _processed(self, found: Hypotheses, logits: Tensor) -> Tensor:
@@ -516,14 +507,9 @@ class _Search:
             return torch.empty(batch, self.beams, 0, dtype=torch.int64, device=self.eos.device)
         return self.history
 
-    def _note_broken(self, found: Hypotheses, nan: Tensor) -> None:
-        """nan [b, K]: in rows of beams that are dead nobody looks."""
-        broken = (nan & (found.scores > -torch.inf)).any(1)
-        self.broken = broken if self.broken is None else self.broken | broken
-
-    def _select(self, found: Hypotheses, logits: list[Tensor], t: int) -> tuple[Tensor, Tensor]:
-        beams, vocabulary, scores = self.beams, self.vocabulary, found.scores.flatten()
-        count = min((1 + len(self.eos)) * beams, beams * vocabulary)
+    def _select(self, found: Hypotheses, logits: list[Tensor], t: int) -> tuple[Tensor, Tensor, Tensor]:
+        beams, vocabulary, scores = self.beams, self.vocabulary, found.scores.view(-1)
+        count = min(self.candidates * beams, beams * vocabulary)
         if not logits:
             values, indices, normalizers = self.runner.select(self.tokens, self.rows, count, scores, beams)
             if self.need_weights:
@@ -540,14 +526,13 @@ class _Search:
         else:
             values, indices, normalizers = select(logits[0], count, scores, beams)
             extra = self._covered(found)
-        self._note_broken(found, normalizers.view(-1, beams).isnan())
-        return found.take(values, indices, vocabulary, extra, self._noted())
+        return found.take(values, indices, vocabulary, extra, self._noted(), normalizers)
 
-    def _select_groups(self, found: Hypotheses, log_probs: Tensor) -> tuple[Tensor, Tensor]:
+    def _select_groups(self, found: Hypotheses, log_probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         batch, beams, vocabulary = log_probs.shape
         extra = self._covered(found)
         width = beams // self.groups
-        count = min((1 + len(self.eos)) * width, width * vocabulary)
+        count = min(self.candidates * width, width * vocabulary)
         taken = log_probs.new_zeros(batch, 1, vocabulary)
         chosen = []
         for first in range(0, beams, width):
@@ -570,7 +555,7 @@ class _Search:
         live = (sums, others[0], others[1])
         return found.advance(values, tokens, parents, ends, live, extra, weights=self._noted())
 
-    def _draw(self, found: Hypotheses, log_probs: Tensor, t: int) -> tuple[Tensor, Tensor]:
+    def _draw(self, found: Hypotheses, log_probs: Tensor, t: int) -> tuple[Tensor, Tensor, Tensor]:
         assert self.seeds is not None
         extra = self._covered(found)
         batch, beams, vocabulary = log_probs.shape

@@ -13,6 +13,7 @@ from fastrnn.backends.tensors import address
 
 LENGTH_PENALTIES = ("none", "power", "gnmt", "average")
 EARLY_STOPPING = ("first", "heuristic", "exact")
+_BOUND = ("eos", "min_length", "max_length", "scores", "done", "broken", "count")
 _TABLES = ("divisor", "bonus", "largest_divisor", "largest_bonus")
 
 
@@ -99,6 +100,8 @@ class Hypotheses:
         self.done = max_length < 1
         self.scores.masked_fill_(self.done[:, None], -torch.inf)
         self.count = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.broken = torch.zeros_like(self.done)  # a beam that lives had logits with NaN
+        self._left_over: int | None = None  # sentences that are not done, where that is known; -1: one is broken
         # Finished hypotheses: what they are sorted by, their score, the log-probability of the last token; the step and
         # the beam that it came from, and itself.
         empty = torch.full_like(scores, -torch.inf)
@@ -121,7 +124,7 @@ class Hypotheses:
         beams.longest, beams.rule = self.ranking.longest, [*EARLY_STOPPING, "never"].index(self.stop.early_stopping)
         beams.wanted, beams.enough = self.stop.wanted, self.stop.enough
         names = ("key", "score", "increment", "step", "beam", "token")
-        fields = {name: getattr(self, name) for name in ("eos", "min_length", "max_length", "scores", "done", "count")}
+        fields = {name: getattr(self, name) for name in _BOUND}
         fields |= {name: getattr(self.ranking, name) for name in _TABLES} | dict(zip(names, self.pool))
         for name, tensor in fields.items():
             assert tensor.is_contiguous()
@@ -135,23 +138,27 @@ class Hypotheses:
         vocabulary: int,
         extra: Tensor | None = None,  # [b, K]: added to the score of what comes from a beam (coverage)
         weights: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+        normalizers: Tensor | None = None,  # [b * K]: NaN where a beam's logits have NaN
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """:meth:`choose` and :meth:`advance`, all beams of a sentence competing."""
         if self._native is None:
+            if normalizers is not None:
+                self.note_broken(normalizers.view(-1, self.beams).isnan())
             parents, tokens = indices // vocabulary, indices % vocabulary
             ends, *live, _ = self.choose(values, tokens, parents, self.beams)
             return self.advance(values, tokens, parents, ends, (live[0], live[1], live[2]), extra, weights=weights)
-        tokens, parents, rows = torch.empty(3, len(self.done), self.beams, dtype=torch.int64).unbind()
-        increments = torch.empty(len(self.done), self.beams)
+        increments = torch.empty(self.scores.shape)
+        tokens, parents, rows = torch.empty((3, *self.scores.shape), dtype=torch.int64).unbind()
         values, indices = values.contiguous(), indices.contiguous()
         extra = None if extra is None else extra.contiguous()
-        native.load().beam_step(  # type: ignore[union-attr]
+        self._left_over = native.load().beam_step(  # type: ignore[union-attr]
             self._native,
             values.data_ptr(),
             indices.data_ptr(),
             values.shape[1],
             vocabulary,
             address(extra),
+            address(normalizers),
             len(self.tokens) + 1,
             tokens.data_ptr(),
             parents.data_ptr(),
@@ -159,7 +166,7 @@ class Hypotheses:
             increments.data_ptr(),
         )
         self._note(tokens, parents, increments, weights)
-        return tokens, parents
+        return tokens, parents, rows.view(-1)
 
     def choose(
         self,
@@ -197,11 +204,11 @@ class Hypotheses:
         extra: Tensor | None = None,  # [b, K]: added to the rank of what comes from a beam (coverage)
         keys: tuple[Tensor, Tensor] | None = None,  # [b, C], [b, K]: what to sort by in place of the scores
         weights: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Takes one step: notes what ends and what goes on, and whether that was all of a sentence.
 
         Returns:
-            The tokens that go on and the beams they came from [b, K]; dead beams come from themselves.
+            Tokens that go on, the beams that they came from [b, K], dead ones from themselves, and these rows [b * K].
         """
         length = len(self.tokens) + 1
         sums, live_tokens, live_parents = live
@@ -225,7 +232,12 @@ class Hypotheses:
         self.count += ends.sum(1)
         self.done = self.done | at_limit.squeeze(1) | ~alive.any(1) | self._ruled(sums, length)
         self.scores = sums.masked_fill(self.done.unsqueeze(1), -torch.inf)
-        return live_tokens, live_parents
+        first = torch.arange(0, sums.numel(), self.beams, device=sums.device)
+        return live_tokens, live_parents, (first.unsqueeze(1) + live_parents).flatten()
+
+    def note_broken(self, nan: Tensor) -> None:
+        """nan [b, K]: which beams' logits have NaN; those of dead beams nobody sees."""
+        self.broken |= (nan & (self.scores > -torch.inf)).any(1)
 
     def _ruled(self, sums: Tensor, length: int) -> Tensor:
         """[b]: done by the stop rule."""
@@ -251,7 +263,17 @@ class Hypotheses:
         return rows.new_zeros(self.batch, *rows.shape[1:]).index_copy_(0, self.sentences, rows)
 
     def unfinished(self) -> int:
-        """How many sentences are not done."""
+        """How many sentences are not done.
+
+        Raises:
+            ValueError: a step has returned NaN.
+        """
+        if self._left_over is not None and self._left_over >= 0:
+            return self._left_over
+        broken = self.broken.nonzero().squeeze(1)
+        if len(broken):
+            sentences = (broken if self.sentences is None else self.sentences[broken]).tolist()
+            raise ValueError(f"step must return logits without NaN, got NaN for sentences {sentences}")
         return len(self.done) - int(self.done.sum())
 
     def compact(self) -> Tensor:
@@ -259,7 +281,7 @@ class Hypotheses:
         self._leave()
         keep = (~self.done).nonzero().squeeze(1)
         self.sentences = keep if self.sentences is None else self.sentences[keep]
-        for name in ("scores", "done", "count", "min_length", "max_length"):
+        for name in ("scores", "done", "broken", "count", "min_length", "max_length"):
             setattr(self, name, getattr(self, name)[keep])
         self.pool = [column[keep] for column in self.pool]
         self._native = self._bind()
