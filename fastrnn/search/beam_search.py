@@ -157,7 +157,14 @@ def beam_search(
     Raises:
         ValueError, TypeError: naming the argument, what was wanted and what came; or the step returned NaN or inf.
     """
-    steps, states = ([step], [state]) if callable(step) else (list(step), list(state))
+    if callable(step):
+        step, state = [step], [state]
+    if not isinstance(step, (list, tuple)) or not isinstance(state, (list, tuple)):
+        raise TypeError(
+            "step must be a function, or a list of them with a list of states, got "
+            f"{type(step).__name__} and {type(state).__name__}"
+        )
+    steps, states = list(step), list(state)
     _check_counts(batch_size=(batch_size, 0), beam_size=(beam_size, 1), n_best=(n_best, 1), groups=(groups, 1))
     if not steps:
         raise ValueError("step must be one function or several, got none")
@@ -629,10 +636,10 @@ class _Search:
             ends, chosen, live_tokens, live_parents, _ = found.choose(values, tokens, parents, beams)
             live = (chosen, live_tokens, live_parents)
             return found.advance(values, tokens, parents, ends, live, extra, weights=self._noted())
-        dead = scores == -torch.inf
+        dead = (scores == -torch.inf).unsqueeze(-1)
         if self.sampled is None:
             self.sampled = (scores.double(), scores.double())
-        sums = self.sampled[0].masked_fill(dead, -torch.inf).unsqueeze(-1) + drawn_from
+        sums = (self.sampled[0].unsqueeze(-1) + drawn_from).masked_fill(dead, -torch.inf)
         perturbed = sampling.conditioned(sums + noise, self.sampled[1]).masked_fill(sums == -torch.inf, -torch.inf)
         keys, indices = perturbed.flatten(1).topk(min(beams, beams * vocabulary), 1)
         # The beams hold the largest of all, whether they have ended or not.
