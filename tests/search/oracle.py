@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,7 +25,6 @@ class Toy:
 
     def __post_init__(self) -> None:
         self.rows_seen: list[int] = []  # by each call
-        self._lists = (self.logits.double().tolist(), self.attention.double().tolist())
 
     def state(self, beams: int, sentences: Sequence[int] | None = None) -> dict[str, Tensor]:
         chosen = torch.arange(len(self.logits)) if sentences is None else torch.tensor(sentences, dtype=torch.int64)
@@ -42,7 +42,12 @@ class Toy:
         seen = 0
         for token in (bos, *tokens):
             seen = (seen * 7 + token + 1) % self.logits.shape[1]
-        return self._lists[0][sentence][seen], self._lists[1][sentence][seen]
+        logits, attention = self._lists
+        return logits[sentence][seen], attention[sentence][seen]
+
+    @cached_property
+    def _lists(self) -> tuple[Any, Any]:
+        return self.logits.double().tolist(), self.attention.double().tolist()
 
 
 def toy(
