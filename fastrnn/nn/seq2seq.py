@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -345,14 +346,16 @@ class Seq2Seq(torch.nn.Module):
         Raises:
             ValueError, TypeError: naming the argument, what was wanted and what came.
         """
+        _check_tokens("source", source, 2)
         _check_tokens("target", target, 2)
+        _check_lengths("target_lengths", target_lengths, target.shape)
         if target.shape[0] != source.shape[0]:
             raise ValueError(f"target must have the source's batch {source.shape[0]}, got {target.shape[0]}")
         if reduction not in ("mean", "sum", "none"):
             raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
         logits = self._teacher_forced(source, source_lengths, target.unsqueeze(1), target_lengths)
         counted = _counted(target, target_lengths)
-        labels = target.masked_fill(~counted, -100)
+        labels = target.long().masked_fill(~counted, -100)
         loss: Tensor = F.cross_entropy(
             logits.flatten(0, 1), labels.flatten(), label_smoothing=label_smoothing, reduction=reduction
         )
@@ -383,9 +386,9 @@ class Seq2Seq(torch.nn.Module):
         Raises:
             ValueError, TypeError: naming the argument, what was wanted and what came.
         """
-        if not isinstance(target, Tensor) or target.dim() not in (2, 3):
-            raise ValueError(f"target must have 2 or 3 dimensions, got {_shape(target)}")
-        _check_tokens("target", target, target.dim())
+        _check_tokens("source", source, 2)
+        _check_tokens("target", target, 2, 3)
+        _check_lengths("target_lengths", target_lengths, target.shape)
         if target.shape[0] != source.shape[0]:
             raise ValueError(f"target must have the source's batch {source.shape[0]}, got {target.shape[0]}")
         if reduction not in ("sum", "none"):
@@ -393,7 +396,7 @@ class Seq2Seq(torch.nn.Module):
         several = target if target.dim() == 3 else target.unsqueeze(1)
         logits = self._teacher_forced(source, source_lengths, several, target_lengths)
         counted = _counted(target, target_lengths)
-        chosen = torch.where(counted, target, 0).view(-1, target.shape[-1], 1)
+        chosen = torch.where(counted, target, 0).view(*logits.shape[:2], 1).long()
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         found = logits.gather(-1, chosen).squeeze(-1) - logits.logsumexp(-1)
         found = torch.where(counted, found.view(target.shape), 0)
@@ -424,6 +427,10 @@ class Seq2Seq(torch.nn.Module):
         Raises:
             ValueError, TypeError: naming the argument, what was wanted and what came.
         """
+        if isinstance(beam_size, bool) or not isinstance(beam_size, int):
+            raise TypeError(f"beam_size must be an int, got {type(beam_size).__name__}")
+        if beam_size < 1:
+            raise ValueError(f"beam_size must be at least 1, got {beam_size}")
         memory, hidden = self.encode(source, source_lengths)
         decoder = self.decoder
         prepared = decoder.prepare(memory, source_lengths)
@@ -453,7 +460,6 @@ class Seq2Seq(torch.nn.Module):
         self, source: Tensor, source_lengths: Tensor | None, target: Tensor, target_lengths: Tensor | None
     ) -> Tensor:
         """Logits [B * n, T, V] of targets [B, n, T]."""
-        _check_lengths("target_lengths", target_lengths, target.shape, several=True)
         memory, hidden = self.encode(source, source_lengths)
         batch, beams, steps = target.shape
         target_lengths = None if target_lengths is None else target_lengths.reshape(batch, beams)
@@ -502,14 +508,20 @@ class Seq2Seq(torch.nn.Module):
         Raises:
             ValueError: the file holds no such model.
         """
-        saved = torch.load(path, map_location=map_location, weights_only=True)
-        if not isinstance(saved, dict) or saved.keys() != {"model", "state"} or saved["model"]["class"] != "Seq2Seq":
-            raise ValueError(f"{path} must be a file that Seq2Seq.save has written")
-        model: Seq2Seq = _built(saved["model"])
+        wrong = f"{path} must be a file that Seq2Seq.save has written"
+        try:
+            saved = torch.load(path, map_location=map_location, weights_only=True)
+        except (pickle.UnpicklingError, EOFError, LookupError, AttributeError, ValueError) as error:
+            raise ValueError(wrong) from error
+        described = saved.get("model") if isinstance(saved, dict) else None
+        if not isinstance(described, dict) or described.get("class") != "Seq2Seq":
+            raise ValueError(wrong)
+        model: Seq2Seq = _built(described)
         if map_location is not None:
             model.to(map_location)
-        (dtype,) = {tensor.dtype for tensor in saved["state"].values()}
-        model.to(dtype).load_state_dict(saved["state"])
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            tensor.data = tensor.data.to(saved["state"][name].dtype)
+        model.load_state_dict(saved["state"])
         return model
 
 
@@ -609,30 +621,26 @@ def _probability(dropout: float) -> float:
     return dropout
 
 
-def _shape(value: Any) -> str:
-    return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-
-
-def _check_tokens(name: str, tokens: Any, dimensions: int) -> None:
+def _check_tokens(name: str, tokens: Any, *dimensions: int) -> None:
     if not isinstance(tokens, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tokens).__name__}")
-    if tokens.dim() != dimensions:
-        raise ValueError(f"{name} must have {dimensions} dimensions, got shape {tuple(tokens.shape)}")
+    if tokens.dim() not in dimensions:
+        wanted = " or ".join(map(str, dimensions))
+        raise ValueError(f"{name} must have {wanted} dimensions, got shape {tuple(tokens.shape)}")
     if tokens.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{name} must hold int64 or int32, got {tokens.dtype}")
 
 
-def _check_lengths(name: str, lengths: Any, shape: Sequence[int], several: bool = False) -> None:
-    """`shape`: of the sequences; `several`: [B, n, T], n of them being 1 where the lengths have no such dimension."""
+def _check_lengths(name: str, lengths: Any, shape: Sequence[int]) -> None:
+    """`shape`: of the sequences."""
     if lengths is None:
         return
     if not isinstance(lengths, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor or None, got {type(lengths).__name__}")
     if lengths.is_floating_point() or lengths.dtype is torch.bool:
         raise TypeError(f"{name} must hold integers, got {lengths.dtype}")
-    wanted = [tuple(shape[:-1])] + ([tuple(shape[:1])] if several and shape[1] == 1 else [])
-    if tuple(lengths.shape) not in wanted:
-        raise ValueError(f"{name} must have shape {wanted[-1]}, got {tuple(lengths.shape)}")
+    if lengths.shape != shape[:-1]:
+        raise ValueError(f"{name} must have shape {tuple(shape[:-1])}, got {tuple(lengths.shape)}")
     # On a GPU the values stay where they are: looking at them would wait for it.
     if lengths.is_cpu and lengths.numel() and not 0 <= int(lengths.min()) <= int(lengths.max()) <= shape[-1]:
         raise ValueError(f"{name} must be from 0 to {shape[-1]}, got {int(lengths.min())} to {int(lengths.max())}")

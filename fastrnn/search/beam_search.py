@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -127,7 +128,8 @@ def beam_search(
             tokens' (Hannun et al. 2019, arXiv 1904.02619).
         prefix: [B, P] tokens that every hypothesis of a sentence begins with; they count in its score and length.
         prefix_lengths: [B]: how many of them count; by default all.
-        allowed_tokens: ``allowed_tokens(sentence, tokens [t])`` names the tokens that may come next. Runs on the host.
+        allowed_tokens: ``allowed_tokens(sentence, tokens [t])`` names the tokens that may come next, for each beam
+            that lives. Runs on the host.
         banned_tokens, banned_phrases: what must not appear. Bans leave other tokens' probabilities as they are.
         repetition_penalty: logits of tokens that were there already are divided by it, multiplied where negative.
         no_repeat_ngram: size of n-grams that appear once at most; 0: no limit.
@@ -153,19 +155,28 @@ def beam_search(
         finished has hypotheses of length 0 and score -inf, and so has n_best where there are fewer hypotheses.
 
     Raises:
-        ValueError, TypeError: naming the argument, what was wanted and what came; or the step returned NaN.
+        ValueError, TypeError: naming the argument, what was wanted and what came; or the step returned NaN or inf.
     """
-    steps, states = ([step], [state]) if callable(step) else (list(step), list(state))
+    if callable(step):
+        step, state = [step], [state]
+    if not isinstance(step, (list, tuple)) or not isinstance(state, (list, tuple)):
+        raise TypeError(
+            "step must be a function, or a list of them with a list of states, got "
+            f"{type(step).__name__} and {type(state).__name__}"
+        )
+    steps, states = list(step), list(state)
     _check_counts(batch_size=(batch_size, 0), beam_size=(beam_size, 1), n_best=(n_best, 1), groups=(groups, 1))
-    if not steps or len(states) != len(steps):
+    if not steps:
+        raise ValueError("step must be one function or several, got none")
+    if len(states) != len(steps):
         raise ValueError(f"state must have one state for each of the {len(steps)} steps, got {len(states)}")
     if n_best > beam_size:
         raise ValueError(f"n_best must be at most beam_size {beam_size}, got {n_best}")
     if beam_size % groups:
         raise ValueError(f"groups must divide beam_size {beam_size}, got {groups}")
-    ends = [eos] if isinstance(eos, int) else list(eos)
-    if not ends:
-        raise ValueError("eos must hold at least one token, got none")
+    ends = _tokens("eos", eos)
+    banned = [_tokens("banned_tokens", [token]) for token in banned_tokens]
+    banned += [_tokens("banned_phrases", phrase) for phrase in banned_phrases]
     _check_choice("length_penalty", length_penalty, LENGTH_PENALTIES)
     _check_choice("early_stopping", early_stopping, EARLY_STOPPING)
     _check_choice("combine", combine, ("log", "linear"))
@@ -175,7 +186,7 @@ def beam_search(
         _check_choice("sample", sample, ("ancestral", "gumbel"))
     if sample and (groups > 1 or stepwise_coverage):
         raise ValueError("sample does not go with groups or stepwise_coverage")
-    if patience <= 0 or (patience != 1 and early_stopping != "first"):
+    if not 0 < patience < math.inf or (patience != 1 and early_stopping != "first"):
         raise ValueError(f"patience must be above 0, and 1 unless early_stopping is 'first', got {patience}")
     if coverage_beta < 0:
         raise ValueError(f"coverage_beta must be at least 0, got {coverage_beta}")
@@ -188,6 +199,11 @@ def beam_search(
         raise ValueError(f"sync_every must be at least 1, got {sync_every}")
     if weights is not None and len(weights) != len(steps):
         raise ValueError(f"weights must be one for each of the {len(steps)} steps, got {len(weights)}")
+    if combine == "linear" and weights is not None and min(weights) < 0:
+        raise ValueError(f"weights must be at least 0 where combine is 'linear', got {list(weights)}")
+    if source_lengths is not None and (source_lengths.is_floating_point() or source_lengths.shape != (batch_size,)):
+        got = f"{source_lengths.dtype} {tuple(source_lengths.shape)}"
+        raise ValueError(f"source_lengths must hold integers of shape {(batch_size,)}, got {got}")
     device = _check_state(states, batch_size, beam_size)
     longest, limits = _per_sentence("max_length", max_length, batch_size, device)
     _, least = _per_sentence("min_length", min_length, batch_size, device)
@@ -195,10 +211,11 @@ def beam_search(
     seeds = None
     if sample:
         seeds = seed.to(device) if isinstance(seed, Tensor) else seed + torch.arange(batch_size, device=device)
-        if seeds.shape != (batch_size,):
-            raise ValueError(f"seed must be an int or have shape {(batch_size,)}, got {tuple(seeds.shape)}")
+        if seeds.shape != (batch_size,) or seeds.is_floating_point():
+            got = f"{seeds.dtype} {tuple(seeds.shape)}"
+            raise ValueError(f"seed must be an int or hold integers of shape {(batch_size,)}, got {got}")
     forced = _Prefix(prefix, prefix_lengths, batch_size, longest, ends, limits, device)
-    phrases = constraints.Phrases([*([token] for token in banned_tokens), *banned_phrases], device)
+    phrases = constraints.Phrases(banned, device)
     search = _Search(
         steps=steps,
         states=states,
@@ -224,6 +241,7 @@ def beam_search(
         source_lengths=None if source_lengths is None else source_lengths.to(device),
         need_weights=need_alignments or coverage_penalty is not None,
         need_alignments=need_alignments,
+        known={"eos": ends, "banned tokens": [max(phrase) for phrase in banned], "prefix": [forced.largest]},
     )
     rising = any(weight < 0 for weight in search.weights) or (len(steps) > 1 and bool(processors))
     falling = not rising and (combine == "log" or sum(search.weights) <= 1 + 1e-6)
@@ -275,17 +293,19 @@ class _Prefix:
         limits: Tensor,
         device: torch.device,
     ) -> None:
-        self.steps = 0
+        self.steps = self.largest = 0
         if tokens is None:
             return
-        if tokens.dim() != 2 or tokens.shape[0] != batch or tokens.is_floating_point():
+        if not isinstance(tokens, Tensor):
+            raise TypeError(f"prefix must be a torch.Tensor, got {type(tokens).__name__}")
+        if tokens.dim() != 2 or tokens.shape[0] != batch or tokens.dtype not in (torch.int64, torch.int32):
             raise ValueError(
                 f"prefix must hold integers of shape ({batch}, P), got {tokens.dtype} {tuple(tokens.shape)}"
             )
         lengths = torch.full((batch,), tokens.shape[1]) if lengths is None else lengths
         if tuple(lengths.shape) != (batch,):
             raise ValueError(f"prefix_lengths must have shape {(batch,)}, got {tuple(lengths.shape)}")
-        self.tokens, self.lengths = tokens.to(device), lengths.to(device)
+        self.tokens, self.lengths = tokens.to(device, torch.int64), lengths.to(device)
         if bool(((self.lengths > limits) | (self.lengths > tokens.shape[1]) | (self.lengths < 0)).any()):
             raise ValueError(
                 f"prefix_lengths must be from 0 to max_length and to the prefix's {tokens.shape[1]}, "
@@ -295,6 +315,11 @@ class _Prefix:
         if bool((torch.isin(self.tokens, torch.tensor(ends, device=device)) & counted).any()):
             raise ValueError(f"prefix must not hold the end token, got one of {list(ends)} in it")
         self.steps = int(self.lengths.max()) if batch else 0
+        used = self.tokens[counted]
+        if used.numel():
+            self.largest = int(used.max())
+            if int(used.min()) < 0:
+                raise ValueError(f"prefix must hold tokens of at least 0, got {int(used.min())}")
 
     def force(self, allowed: Tensor, log_probs: Tensor, t: int) -> Tensor:
         """[b, K, V]: that of the prefix's token alone where it has one for step t, else what is allowed."""
@@ -335,6 +360,7 @@ class _Search:
     source_lengths: Tensor | None  # [b]
     need_weights: bool
     need_alignments: bool
+    known: dict[str, list[int]]  # tokens that must be in the vocabulary
 
     def __post_init__(self) -> None:
         self.attention: Tensor | None = None  # [b, K, S] of this step
@@ -361,7 +387,8 @@ class _Search:
     def call(self, tokens: Tensor, t: int) -> list[Tensor]:
         """Logits of every step function, [b * K, V] each; none where the selection is fused with the step."""
         if self.runner is not None:
-            self.vocabulary = self.runner.vocabulary
+            if not self.vocabulary:
+                self._check_first(self.runner.vocabulary, tokens.shape[0])
             self.rows = torch.arange(tokens.shape[0]) if self.rows is None else self.rows
             if not self.changes and t >= self.forced.steps:
                 self.tokens = tokens
@@ -376,8 +403,12 @@ class _Search:
             if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[0] != len(tokens):
                 got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
                 raise ValueError(f"step must return logits of shape ({len(tokens)}, V), got {got}")
+            if not logits.is_floating_point():
+                raise TypeError(f"step must return logits of a floating dtype, got {logits.dtype}")
             if found and logits.shape != found[0].shape:
-                raise ValueError(f"all steps must return logits of shape {tuple(found[0].shape)}, got {logits.shape}")
+                raise ValueError(
+                    f"all steps must return logits of shape {tuple(found[0].shape)}, got {tuple(logits.shape)}"
+                )
             found.append(logits)
             if self.need_weights and index == 0:
                 weights = more[0] if more else None
@@ -387,8 +418,17 @@ class _Search:
                         f"{tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__}"
                     )
                 self.attention = weights.view(-1, self.beams, weights.shape[1])
-        self.vocabulary = found[0].shape[1]
+        if not self.vocabulary:
+            self._check_first(found[0].shape[1], len(tokens))
         return found
+
+    def _check_first(self, vocabulary: int, rows: int) -> None:
+        """That what the first call has returned goes with what was given."""
+        self.vocabulary = vocabulary
+        for name, tokens in self.known.items():
+            if max(tokens, default=0) >= vocabulary:
+                raise ValueError(f"{name} must be below {vocabulary}, what the logits have, got {max(tokens)}")
+        _check_state(self.states, rows // self.beams, self.beams)
 
     def take(self, found: Hypotheses, logits: list[Tensor], t: int) -> Tensor:
         """Advances by one step; the next tokens [b * K]."""
@@ -455,9 +495,9 @@ class _Search:
         batch, dtype = len(found.done), found.scores.dtype
         shaped = [rows.view(batch, self.beams, -1).to(dtype) for rows in logits]
         if len(shaped) == 1:
-            log_probs = self._processed(found, shaped[0]).log_softmax(-1)
+            log_probs = _log_softmax(self._processed(found, shaped[0]))
         else:
-            each = torch.stack([rows.log_softmax(-1) for rows in shaped])
+            each = torch.stack([_log_softmax(rows) for rows in shaped])
             weights = torch.tensor(self.weights, dtype=dtype, device=each.device).view(-1, 1, 1, 1)
             if self.linear:
                 log_probs = (each + weights.log()).logsumexp(0)
@@ -474,7 +514,8 @@ class _Search:
             allowed = allowed.masked_fill(self.phrases.mask(self._history(batch), self.vocabulary), -torch.inf)
         if self.allowed is not None:
             sentences = range(batch) if found.sentences is None else found.sentences.tolist()
-            mask = constraints.allowed_mask(self.allowed, self._history(batch), sentences, self.vocabulary)
+            alive = found.scores > -torch.inf
+            mask = constraints.allowed_mask(self.allowed, self._history(batch), alive, sentences, self.vocabulary)
             allowed = allowed.masked_fill(mask, -torch.inf)
         if self.eos_threshold is not None:
             others = log_probs.index_fill(-1, self.eos, -torch.inf).amax(-1, keepdim=True)
@@ -497,7 +538,10 @@ class _Search:
         if self.processors and sentences is None:
             sentences = torch.arange(batch, device=logits.device)
         for processor in self.processors:
-            logits = processor(logits, self._history(batch), sentences)  # type: ignore[arg-type]
+            shape, logits = logits.shape, processor(logits, self._history(batch), sentences)  # type: ignore[arg-type]
+            if not isinstance(logits, Tensor) or logits.shape != shape:
+                got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+                raise ValueError(f"processors must return logits of shape {tuple(shape)}, got {got}")
         if self.repetition_penalty != 1 and self.history is not None:
             logits = constraints.repetition(logits, self.history, self.repetition_penalty)
         return logits
@@ -515,7 +559,7 @@ class _Search:
             if self.need_weights:
                 self.attention = self.runner.seen.view(-1, beams, self.runner.seen.shape[1])
             extra = self._covered(found)
-        elif self.changes or t < self.forced.steps:
+        elif self.changes:
             extra = self._covered(found)
             log_probs = self._log_probs(found, logits, t).view(-1, vocabulary)
             steered = scores + extra.flatten() if self.stepwise and extra is not None else scores
@@ -524,7 +568,13 @@ class _Search:
                 values = values - extra.gather(1, indices // vocabulary)
             return found.take(values, indices, vocabulary, extra, self._noted())
         else:
-            values, indices, normalizers = select(logits[0], count, scores, beams)
+            rows, normalizers = logits[0], None
+            if t < self.forced.steps:
+                # The normalizers are those that sentences without a prefix get where nobody has one.
+                normalizers = select(rows, 1)[2]
+                shaped = rows.view(-1, beams, vocabulary)
+                rows = self.forced.force(shaped, shaped, t).view(-1, vocabulary)
+            values, indices, normalizers = select(rows, count, scores, beams, normalizers)
             extra = self._covered(found)
         return found.take(values, indices, vocabulary, extra, self._noted(), normalizers)
 
@@ -571,10 +621,10 @@ class _Search:
             ends, chosen, live_tokens, live_parents, _ = found.choose(values, tokens, parents, beams)
             live = (chosen, live_tokens, live_parents)
             return found.advance(values, tokens, parents, ends, live, extra, weights=self._noted())
-        dead = scores == -torch.inf
+        dead = (scores == -torch.inf).unsqueeze(-1)
         if self.sampled is None:
             self.sampled = (scores.double(), scores.double())
-        sums = self.sampled[0].masked_fill(dead, -torch.inf).unsqueeze(-1) + drawn_from
+        sums = (self.sampled[0].unsqueeze(-1) + drawn_from).masked_fill(dead, -torch.inf)
         perturbed = sampling.conditioned(sums + noise, self.sampled[1]).masked_fill(sums == -torch.inf, -torch.inf)
         keys, indices = perturbed.flatten(1).topk(min(beams, beams * vocabulary), 1)
         # The beams hold the largest of all, whether they have ended or not.
@@ -597,6 +647,11 @@ class _Search:
             return None
         # A fused step writes the next step's there.
         return self.attention if self.runner is None else self.attention.clone()
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    """Of a row of -inf alone: -inf."""
+    return logits.log_softmax(-1).masked_fill(logits == -torch.inf, -torch.inf)
 
 
 def _take_rows(state: Any, rows: Tensor, sentences: Tensor | None) -> Any:
@@ -635,6 +690,18 @@ def _check_counts(**counts: tuple[Any, int]) -> None:
             raise TypeError(f"{name} must be an int, got {type(value).__name__}")
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def _tokens(name: str, values: int | Iterable[int]) -> list[int]:
+    try:
+        found = [operator.index(token) for token in ([values] if isinstance(values, int) else values)]
+    except TypeError:
+        raise TypeError(f"{name} must be or hold ints, got {values!r}") from None
+    if not found:
+        raise ValueError(f"{name} must hold at least one token, got none")
+    if min(found) < 0:
+        raise ValueError(f"{name} must hold tokens of at least 0, got {min(found)}")
+    return found
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -49,14 +49,20 @@ class Phrases:
 
 
 def allowed_mask(
-    allowed: Callable[[int, Tensor], Iterable[int]], history: Tensor, sentences: Sequence[int], vocabulary: int
+    allowed: Callable[[int, Tensor], Iterable[int]],
+    history: Tensor,
+    alive: Tensor,
+    sentences: Sequence[int],
+    vocabulary: int,
 ) -> Tensor:
-    """True for tokens that `allowed` does not name: bool [b, K, V] for histories [b, K, t]. Runs on the host."""
+    """True for tokens that `allowed` does not name: bool [b, K, V] for histories [b, K, t], of beams that live [b, K].
+    Runs on the host."""
     mask = torch.ones(*history.shape[:-1], vocabulary, dtype=torch.bool)
-    for row, sentence in enumerate(sentences):
-        for beam in range(history.shape[1]):
-            tokens = torch.as_tensor(list(allowed(sentence, history[row, beam])), dtype=torch.int64)
-            mask[row, beam, tokens] = False
+    for row, beam in alive.nonzero().tolist():
+        tokens = [int(token) for token in allowed(sentences[row], history[row, beam])]
+        if any(not 0 <= token < vocabulary for token in tokens):
+            raise ValueError(f"allowed_tokens must name tokens from 0 to {vocabulary - 1}, got {tokens}")
+        mask[row, beam, tokens] = False
     return mask.to(history.device)
 
 

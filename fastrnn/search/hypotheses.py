@@ -273,7 +273,7 @@ class Hypotheses:
         broken = self.broken.nonzero().squeeze(1)
         if len(broken):
             sentences = (broken if self.sentences is None else self.sentences[broken]).tolist()
-            raise ValueError(f"step must return logits without NaN, got NaN for sentences {sentences}")
+            raise ValueError(f"step must return logits without NaN and inf, got some for sentences {sentences}")
         return len(self.done) - int(self.done.sum())
 
     def compact(self) -> Tensor:
