@@ -1,6 +1,6 @@
 # make demo, test, bench or wheel does all its set-up; a second run only what changed.
 # PYTHON=/path/to/python takes a ready interpreter instead of .venv: offline, nothing but fastrnn itself is installed.
-# ARGS="..." goes to the demo or to pytest.
+# ARGS="..." goes to the demo, or as options to pytest.
 # make gpu is for a machine with a GPU: with its own python3 it builds, tests, checks and measures in GPU_SECONDS.
 
 SHELL := bash
@@ -28,13 +28,23 @@ GPU_SECONDS ?= 460
 BENCH_SECONDS ?= 240
 GPU_PARTS := gpu-test gpu-attention gpu-exchange gpu-sanitize gpu-bench
 
-.PHONY: demo test lint bench wheel clean gpu gpu-build $(GPU_PARTS)
+OPERATORS := tests/ops tests/nn tests/reference tests/search
+TEST_PARTS := test-operators test-rest
+
+.PHONY: demo test $(TEST_PARTS) lint bench wheel clean gpu gpu-build $(GPU_PARTS)
 
 demo: $(INSTALLED)
 	$(PY) examples/char_lm.py $(ARGS)
 
+# Two processes at a time, each of which says what it did when it is done.
 test: lint
-	$(PY) -m pytest -n 2 --dist loadfile --max-worker-restart 1 $(ARGS)
+	@$(MAKE) --no-print-directory -j 2 -O $(TEST_PARTS)
+
+test-operators: $(INSTALLED)
+	$(PY) -m pytest -q $(OPERATORS) $(ARGS)
+
+test-rest: $(INSTALLED)
+	$(PY) -m pytest -q tests $(addprefix --ignore=,$(OPERATORS)) $(ARGS)
 
 lint: $(INSTALLED)
 	$(PY) -m ruff check .
