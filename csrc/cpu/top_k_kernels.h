@@ -171,6 +171,9 @@ inline BlockSum read_block(const float* logits, int64_t count, int64_t first, bo
   Vec sums = {}, more = {};
   int64_t i = 0;
   for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
+    // The block that comes next, while there is something to compute.
+    __builtin_prefetch(logits + i + count);
+    __builtin_prefetch(logits + i + count + kLanes);
     sums += exp_of_term(load(logits + i) - largest);
     more += exp_of_term(load(logits + i + kLanes) - largest);
   }
