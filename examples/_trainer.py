@@ -153,6 +153,7 @@ class Trainer:
             arguments alone, so that several trainers see the same minibatches and a resumed one goes on as before.
         lr: learning rate.
         clip: largest norm of all gradients together, larger ones are scaled down to it; 0 leaves them as they are.
+        schedule: ``schedule(iteration)`` is what the learning rate is multiplied with; by default it stays.
     """
 
     def __init__(
@@ -162,10 +163,13 @@ class Trainer:
         *,
         lr: float,
         clip: float,
+        schedule: Callable[[int], float] | None = None,
     ) -> None:
         self.model = model
         self.compute_loss = compute_loss
+        self.lr = lr
         self.clip = clip
+        self.schedule = schedule
         self.optimizer = torch.optim.Adam(model.parameters(), lr=lr)
         self.carry: Any = None
         self.losses: list[float] = []
@@ -178,6 +182,9 @@ class Trainer:
     def step(self) -> None:
         """Train on the next minibatch and note its loss and the seconds it took."""
         start = time.perf_counter()
+        if self.schedule is not None:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.lr * self.schedule(self.iteration)
         loss, self.carry = self.compute_loss(self.model, self.iteration, self.carry)
         self.optimizer.zero_grad()
         loss.backward()
