@@ -389,6 +389,9 @@ class _Search:
         if self.runner is not None:
             if not self.vocabulary:
                 self._check_first(self.runner.vocabulary, tokens.shape[0])
+                lowest, highest = int(tokens.min()), int(tokens.max())
+                if lowest < 0 or highest >= self.vocabulary:  # The kernels do not look.
+                    raise ValueError(f"bos must be from 0 to below {self.vocabulary}, got {lowest} to {highest}")
             self.rows = torch.arange(tokens.shape[0]) if self.rows is None else self.rows
             if not self.changes and t >= self.forced.steps:
                 self.tokens = tokens

@@ -165,6 +165,12 @@ def test_a_fused_step_is_the_step(
     assert_as_accurate(*(tuple(getattr(result, name) for name in names) for result in (ours, theirs, exact)))
 
 
+@pytest.mark.parametrize("bos", [600, -1])
+def test_a_begin_token_without_an_embedding(bos: int) -> None:
+    with pytest.raises(ValueError, match=f"bos must be from 0 to below 600, got {bos} to {bos}|bos must be at least 0"):
+        _model("lstm", None, "after", None).generate(SOURCE, LENGTHS, bos=bos)
+
+
 @pytest.mark.usefixtures("isa")
 def test_fused_steps_of_every_instruction_set() -> None:
     model = _model("lstm", "additive", "after", 16)
