@@ -244,8 +244,8 @@ ATTENTION_CASES = [
 class SearchCase:
     """One row of search's results, in fp32.
 
-    modes: "select": the 10 best of 5 rows each by log-softmax and score; "decode": a search of 40 steps by an LSTM
-    decoder with additive attention, 5 beams; "overhead": the same against its forward passes; "finishing": those
+    modes: "select": the 10 best of 5 rows each by log-softmax and score; "decode": a search by an LSTM decoder,
+    5 beams; "overhead": the same against its forward passes; "finishing": those
     that end one after the other, after 5 to 50 steps, against searches over those that are left.
     """
 
@@ -257,6 +257,8 @@ class SearchCase:
     batch: int = 0
     size: int = 512
     layers: int = 2
+    attention: bool = True
+    steps: int = 40
     baseline: None = None
     eps: float = torch.finfo(torch.float32).eps
 
@@ -281,6 +283,17 @@ SEARCH_CASES = [
     ),
     SearchCase("decode, B = 1, V = 8000, 2 x 512", "search-decode-1", "decode", 8000, batch=1),
     SearchCase("decode, B = 16, V = 8000, 2 x 512", "search-decode-16", "decode", 8000, batch=16),
+    SearchCase(
+        "decode, B = 1, V = 80000, 4 x 1000, no attention",
+        "search-decode-large",
+        "decode",
+        80000,
+        batch=1,
+        size=1000,
+        layers=4,
+        attention=False,
+        steps=10,
+    ),
     SearchCase("search, B = 16, V = 32000, 1 x 512", "search-overhead", "overhead", 32000, batch=16, layers=1),
     SearchCase("lengths 5 to 50, B = 16, V = 8000, 2 x 512", "search-finishing", "finishing", 8000, batch=16),
 ]

@@ -19,7 +19,7 @@ from fastrnn.ops import top_k_log_softmax
 from fastrnn.search import Shared, beam_search, expand
 
 _BEAMS, _BEST = 5, 10
-_SOURCE, _STEPS = 30, 40  # tokens of a source, steps of a search
+_SOURCE = 30  # tokens
 _BOS, _EOS = 0, 1
 _LENGTHS = [5, 8, 11, 14, 17, 20, 23, 26, 29, 32, 35, 38, 41, 44, 47, 50]  # of finishing sentences
 
@@ -35,7 +35,9 @@ class SearchProblem:
             self.scores = -torch.rand(case.rows)
             return
         size = case.size
-        layers = nn.AttentionDecoder("lstm", size, size, nn.AdditiveAttention(size, size, size), case.layers)
+        layers: Any = nn.LSTM(size, size, case.layers)
+        if case.attention:
+            layers = nn.AttentionDecoder("lstm", size, size, nn.AdditiveAttention(size, size, size), case.layers)
         encoder = nn.TokenEncoder(case.vocabulary, size, nn.LSTM(size, size, case.layers))
         decoder = nn.TokenDecoder(case.vocabulary, size, layers, bos=_BOS, eos=_EOS)
         self.model = nn.Seq2Seq(encoder, decoder).eval()
@@ -56,7 +58,7 @@ class SearchProblem:
         model = self.model if dtype is self.dtype else copy.deepcopy(self.model).to(dtype)
         started = _Started(model, self.source)
         if self.case.mode == "decode":
-            return Contender(lambda: _eager_decode(started, _STEPS), _named_scores)
+            return Contender(lambda: _eager_decode(started, self.case.steps), _named_scores)
         return Contender(lambda: _search(started, self.case), _named_scores)
 
 
@@ -86,16 +88,16 @@ class _Started:
 
     def first(self, count: int) -> Any:
         """The state of a search over the first sentences."""
-        assert self.prepared is not None
         hidden = tuple(state[:, : count * _BEAMS] for state in self.hidden)
-        of_memory = [None if tensor is None else tensor[:count] for tensor in self.prepared]
-        prepared = type(self.prepared)(*of_memory)
-        return self.model.decoder.initial_state(hidden, prepared.memory, _BEAMS), Shared(prepared)
+        prepared = self.prepared
+        if prepared is not None:
+            prepared = type(prepared)(*(None if tensor is None else tensor[:count] for tensor in prepared))
+        return self.model.decoder.initial_state(hidden, self.memory[:count], _BEAMS), Shared(prepared)
 
 
 def _search(started: _Started, case: SearchCase) -> Tensor:
-    """Scores [B, K] of a search that ends after _STEPS, or whose sentences end one after the other."""
-    limits = torch.tensor(_LENGTHS) if case.mode == "finishing" else _STEPS
+    """Scores [B, K] of a search whose sentences end together, or one after the other."""
+    limits = torch.tensor(_LENGTHS) if case.mode == "finishing" else case.steps
     return _searched(started, started.batch, limits)
 
 
@@ -118,10 +120,11 @@ def _eager_decode(started: _Started, steps: int) -> Tensor:
     """As users write it: LSTM cells, attention, log-softmax, topk and index_select from torch's operators, the memory
     tiled. Nothing ends here, so that hypotheses are the beams."""
     decoder = started.model.decoder
-    rnn, asked, projection = decoder.layers, decoder.rnn.attention, decoder.projection
+    rnn, projection = decoder.layers, decoder.projection
+    asked = getattr(decoder.rnn, "attention", None)
     batch, beams, vocabulary = started.batch, _BEAMS, decoder.num_tokens
     memory = started.memory.repeat_interleave(beams, 0)
-    keys = memory @ asked.memory_weight.T
+    keys = memory if asked is None else memory @ asked.memory_weight.T
     h, c = ([*state] for state in started.hidden)
     context = memory.new_zeros(batch * beams, memory.shape[2])
     weights = [[getattr(rnn, name) for name in names] for names in rnn._all_weights]
@@ -131,13 +134,17 @@ def _eager_decode(started: _Started, steps: int) -> Tensor:
     first = torch.arange(0, batch * beams, beams).unsqueeze(1)
     histories = []
     for _ in range(steps):
-        x = torch.cat([decoder.embedding(tokens), context], -1)
+        x = decoder.embedding(tokens)
+        if asked is not None:
+            x = torch.cat([x, context], -1)
         for layer, parameters in enumerate(weights):
             h[layer], c[layer] = torch.lstm_cell(x, (h[layer], c[layer]), *parameters)
             x = h[layer]
-        energies = torch.tanh((x @ asked.query_weight.T).unsqueeze(1) + keys) @ asked.v
-        context = torch.bmm(torch.softmax(energies, -1).unsqueeze(1), memory).squeeze(1)
-        logits = projection(torch.cat([x, context], -1))
+        if asked is not None:
+            energies = torch.tanh((x @ asked.query_weight.T).unsqueeze(1) + keys) @ asked.v
+            context = torch.bmm(torch.softmax(energies, -1).unsqueeze(1), memory).squeeze(1)
+            x = torch.cat([x, context], -1)
+        logits = projection(x)
         total = torch.log_softmax(logits, -1) + scores.view(-1, 1)
         scores, indices = torch.topk(total.view(batch, -1), beams)
         tokens = (indices % vocabulary).flatten()
@@ -178,7 +185,7 @@ def _build_model(problem: SearchProblem) -> Contender:
     expected = problem.reference()["scores"]
 
     def call() -> Tensor:
-        for _ in range(_STEPS):
+        for _ in range(problem.case.steps):
             runner.logits(tokens, rows)
         return expected
 
