@@ -536,7 +536,7 @@ class DecoderStep:
         logits, after, weights = self.decoder.step(tokens, of_decoder, shared.value, self.need_weights)
         return logits, (after, shared), weights
 
-    def fused(self, state: Any) -> Runner | None:
+    def fastrnn_fused(self, state: Any) -> Runner | None:
         return self.decoder.fused(state[0], state[1].value)
 
 

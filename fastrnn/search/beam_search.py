@@ -256,8 +256,8 @@ def beam_search(
         ranking = Ranking(length_penalty, alpha, word_reward, longest, dtype, device)
         return Hypotheses(batch_size, beam_size, search.eos, least, limits, ranking, stop, scores)
 
-    if len(steps) == 1 and batch_size and hasattr(steps[0], "fused"):
-        search.runner = steps[0].fused(states[0])
+    if len(steps) == 1 and batch_size and hasattr(steps[0], "fastrnn_fused"):
+        search.runner = steps[0].fastrnn_fused(states[0])
     tokens = starts.repeat_interleave(beam_size)
     every = sync_every or (1 if device.type == "cpu" else 8)
     found: Hypotheses | None = None

@@ -151,11 +151,11 @@ def test_a_fused_step_is_the_step(
     if score is None and options in ("alignments", "coverage", "stepwise"):
         pytest.skip("no attention")
     model, fused = _model(cell, score, attend, readout), []
-    run = seq2seq.DecoderStep.fused
-    monkeypatch.setattr(seq2seq.DecoderStep, "fused", lambda *args: fused.append(run(*args)) or fused[-1])
+    run = seq2seq.DecoderStep.fastrnn_fused
+    monkeypatch.setattr(seq2seq.DecoderStep, "fastrnn_fused", lambda *args: fused.append(run(*args)) or fused[-1])
     ours = model.generate(SOURCE, LENGTHS, beam_size=4, n_best=3, **OPTIONS[options])
     assert fused[0] is not None
-    monkeypatch.setattr(seq2seq.DecoderStep, "fused", lambda *args: None)
+    monkeypatch.setattr(seq2seq.DecoderStep, "fastrnn_fused", lambda *args: None)
     theirs = model.generate(SOURCE, LENGTHS, beam_size=4, n_best=3, **OPTIONS[options])
     assert torch.equal(ours.tokens, theirs.tokens) and torch.equal(ours.lengths, theirs.lengths)
     monkeypatch.undo()
@@ -181,8 +181,8 @@ def test_fused_steps_of_every_instruction_set() -> None:
 def test_what_is_not_fused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers with options, other dtypes, dropout at work: the step as it is."""
     fused = []
-    run = seq2seq.DecoderStep.fused
-    monkeypatch.setattr(seq2seq.DecoderStep, "fused", lambda *args: fused.append(run(*args)) or fused[-1])
+    run = seq2seq.DecoderStep.fastrnn_fused
+    monkeypatch.setattr(seq2seq.DecoderStep, "fastrnn_fused", lambda *args: fused.append(run(*args)) or fused[-1])
     model = _model("lstm", "additive", "after", None)
     encoder, decoder = model.encoder, model.decoder
     layers = fastrnn.nn.LSTM(16, 32, 2, layer_norm=True)
