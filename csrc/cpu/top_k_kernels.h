@@ -31,21 +31,16 @@ inline float value_of(int32_t order) {
 
 constexpr int kTogether = 4;  // vectors that are compared before a branch
 
-inline __attribute__((always_inline)) bool any_above(const Vec (&x)[kTogether], Vec limit) {
+// A bit for each lane that is above.
+inline __attribute__((always_inline)) uint32_t lanes_above(Vec x, Vec limit) {
 #if defined(__AVX512F__)
-  __mmask16 any = 0;
-  for (int i = 0; i < kTogether; ++i) any |= _mm512_cmp_ps_mask(x[i], limit, _CMP_GT_OQ);
-  return any;
+  return _mm512_cmp_ps_mask(x, limit, _CMP_GT_OQ);
+#elif defined(__AVX2__)
+  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(x, limit, _CMP_GT_OQ)));
 #else
-  VecInt any = {};
-  for (int i = 0; i < kTogether; ++i) any |= x[i] > limit;
-#if defined(__AVX2__)
-  return !_mm256_testz_si256(reinterpret_cast<__m256i>(any), reinterpret_cast<__m256i>(any));
-#else
-  int32_t lanes = 0;
-  for (int i = 0; i < kLanes; ++i) lanes |= any[i];
-  return lanes != 0;
-#endif
+  uint32_t lanes = 0;
+  for (int i = 0; i < kLanes; ++i) lanes |= static_cast<uint32_t>(x[i] > limit[i]) << i;
+  return lanes;
 #endif
 }
 
@@ -143,21 +138,29 @@ inline BlockSum read_block(const float* logits, int64_t count, int64_t first, bo
   constexpr int64_t kStride = kTogether * kLanes;
   for (int64_t i = 0; i < count; i += kStride) {
     if (i + kStride <= count && limit == limit) {
-      Vec x[kTogether];
+      uint32_t above[kTogether], any = 0;
 #pragma GCC unroll 4
       for (int v = 0; v < kTogether; ++v) {
-        x[v] = load(logits + i + v * kLanes);
-        most[v] = x[v] > most[v] ? x[v] : most[v];
+        const Vec x = load(logits + i + v * kLanes);
+        most[v] = x > most[v] ? x : most[v];
+        any |= above[v] = lanes_above(x, splat(limit));
       }
-      if (__builtin_expect(!any_above(x, splat(limit)), 1)) continue;
+      if (__builtin_expect(any == 0, 1)) continue;
+      for (int v = 0; v < kTogether; ++v)
+        for (uint32_t lanes = above[v]; lanes != 0; lanes &= lanes - 1) {
+          const int64_t at = i + v * kLanes + __builtin_ctz(lanes);
+          // Later ones come behind equal ones.
+          if (logits[at] > limit) best.offer({first + at, order_of(logits[at])});
+          limit = value_of(best.limit());
+        }
+      continue;
     }
     for (int64_t at = i; at < smaller(i + kStride, count); ++at) {
       const float x = logits[at];
       if (x > most[0][0]) most[0][0] = x;
-      // Later ones come behind equal ones.
       if (!(x <= limit)) best.offer({first + at, order_of(x)});
-      if (best.full()) limit = value_of(best.limit());
     }
+    if (best.full()) limit = value_of(best.limit());
   }
   for (int v = 1; v < kTogether; ++v) most[0] = most[v] > most[0] ? most[v] : most[0];
   float largest = most[0][0];
