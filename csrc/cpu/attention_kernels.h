@@ -725,6 +725,14 @@ inline void features_backward(const AttentionBackward& call, int64_t b, const fl
   if (call.dv) __builtin_memcpy(call.dv + b * in.size, dv, in.size * sizeof(float));
 }
 
+// What the passes over a panel fetch, [depth][kColumns] words of it: those that the next pass reads follow them, and
+// the first tiles fetch a line for each k (vocabulary of 32000 by 80 rows: 15 % of the time).
+inline Ahead lines_after(const Word* words, int64_t depth, int64_t tile) {
+  constexpr int64_t kLine = 64, kLines = kColumns * sizeof(Word) / kLine;
+  if (tile >= kLines) return nothing_ahead(words);
+  return {reinterpret_cast<const char*>(words + depth * kColumns) + tile * depth * kLine, kLine};
+}
+
 void multiply_panels(int64_t rows, int64_t depth, const float* a, int64_t lda, const void* packed, int64_t columns,
                      bool accumulate, float* out, int64_t ldo, int threads) {
   const int64_t panels = ceil_div(columns, kColumns);
@@ -742,9 +750,10 @@ void multiply_panels(int64_t rows, int64_t depth, const float* a, int64_t lda, c
       for (int64_t k = 0; k < depth; k += kSumDepth)
         for (int64_t i = 0; i < tiles.count; ++i) {
           float* c = to + tiles.begin(i) * ld;
-          tile_rows<2, false>(tiles.begin(i + 1) - tiles.begin(i), smaller(kSumDepth, depth - k),
-                              a + tiles.begin(i) * lda + k, lda, panel + k * kColumns, kColumns,
-                              resume(accumulate || k > 0, c, ld), c, ld);
+          const int64_t terms = smaller(kSumDepth, depth - k);
+          const Word* words = panel + k * kColumns;
+          tile_rows<2, false>(tiles.begin(i + 1) - tiles.begin(i), terms, a + tiles.begin(i) * lda + k, lda, words,
+                              kColumns, resume(accumulate || k > 0, c, ld), c, ld, lines_after(words, terms, i));
         }
       for (int64_t row = 0; to != out + n && row < rows; ++row)
         __builtin_memcpy(out + row * ldo + n, to + row * ld, valid * sizeof(float));

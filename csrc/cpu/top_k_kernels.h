@@ -268,9 +268,11 @@ inline void project(const TopK& call, const Found& found) {
           for (int64_t k = 0; k < call.depth; k += kSumDepth)
             for (int64_t i = 0; i < tiles.count; ++i) {
               float* c = block_logits + tiles.begin(i) * kProjectedBlock + n;
-              tile_rows<2, false>(tiles.begin(i + 1) - tiles.begin(i), smaller(kSumDepth, call.depth - k),
-                                  call.x + tiles.begin(i) * call.depth + k, call.depth, panel + k * kColumns, kColumns,
-                                  k > 0 ? Start{c, kProjectedBlock} : Start{bias, 0}, c, kProjectedBlock);
+              const int64_t depth = smaller(kSumDepth, call.depth - k);
+              const Word* weights = panel + k * kColumns;
+              tile_rows<2, false>(tiles.begin(i + 1) - tiles.begin(i), depth, call.x + tiles.begin(i) * call.depth + k,
+                                  call.depth, weights, kColumns, k > 0 ? Start{c, kProjectedBlock} : Start{bias, 0}, c,
+                                  kProjectedBlock, lines_after(weights, depth, i));
             }
         }
         for (int64_t row = 0; row < rows; ++row) {
