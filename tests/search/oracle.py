@@ -39,11 +39,16 @@ class Toy:
 
     def after(self, sentence: int, tokens: Sequence[int], bos: int) -> tuple[list[float], list[float]]:
         """Logits and attention of the step that follows these tokens."""
+        logits, attention = self._lists
+        at = self.place(tokens, bos)
+        return logits[sentence][at], attention[sentence][at]
+
+    def place(self, tokens: Sequence[int], bos: int = BOS) -> int:
+        """Where the logits of the step that follows these tokens are."""
         seen = 0
         for token in (bos, *tokens):
             seen = (seen * 7 + token + 1) % self.logits.shape[1]
-        logits, attention = self._lists
-        return logits[sentence][seen], attention[sentence][seen]
+        return seen
 
     @cached_property
     def _lists(self) -> tuple[Any, Any]:

@@ -322,8 +322,7 @@ def test_nothing_may_come_next(path: str) -> None:
 def test_a_dead_beam_among_others() -> None:
     """After "2" nothing may come; what is left is found as if it were not there."""
     model = toy(batch=4, vocabulary=5)
-    dead = (((BOS + 1) * 7) + 2 + 1) % 61
-    model.logits[:, dead] = -math.inf
+    model.logits[:, model.place([2])] = -math.inf
     for options in ({}, {"banned_tokens": [4]}, {"groups": 3}, {"length_penalty": "average"}):
         result = assert_agree([model], **BASE, **options)
         assert not ((result.tokens[..., 0] == 2) & (result.lengths > 0)).any()

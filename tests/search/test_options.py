@@ -109,12 +109,21 @@ def prefix_of(draw: Any, options: dict[str, Any], batch: int = 3) -> dict[str, A
     return found
 
 
+def toy_of(draw: Any, dtype: torch.dtype = torch.float64, sharpness: float = 2.0) -> Toy:
+    """Every other time with many tokens that have no probability, so that beams die."""
+    seed = draw(st.integers(0, 99))
+    model = toy(seed=seed, dtype=dtype, sharpness=sharpness)
+    if draw(st.booleans()):
+        generator = torch.Generator().manual_seed(seed)
+        model.logits[torch.rand(model.logits.shape, generator=generator) < 0.5] = -math.inf
+    return model
+
+
 @settings(max_examples=150)
 @given(st.data(), st.sampled_from((torch.float32, torch.float64)))
 def test_penalties_lengths_and_stopping(data: st.DataObject, dtype: torch.dtype) -> None:
     options = data.draw(st.composite(options_of)())
-    model = toy(seed=data.draw(st.integers(0, 99)), dtype=dtype)
-    assert_agree([model], **options, need_alignments=True)
+    assert_agree([toy_of(data.draw, dtype)], **options, need_alignments=True)
 
 
 @settings(max_examples=100)
@@ -123,7 +132,7 @@ def test_coverage(data: st.DataObject, dtype: torch.dtype) -> None:
     options = data.draw(st.composite(options_of)()) | data.draw(st.composite(coverage_of)())
     if options["early_stopping"] == "heuristic":
         options["early_stopping"] = "exact"
-    assert_agree([toy(seed=data.draw(st.integers(0, 99)), dtype=dtype)], **options)
+    assert_agree([toy_of(data.draw, dtype)], **options)
 
 
 @settings(max_examples=120)
@@ -132,7 +141,7 @@ def test_constraints_and_prefixes(data: st.DataObject) -> None:
     options = data.draw(st.composite(options_of)()) | data.draw(st.composite(constraints_of)())
     if data.draw(st.booleans()):
         options |= prefix_of(data.draw, options)
-    assert_agree([toy(seed=data.draw(st.integers(0, 99)))], **options)
+    assert_agree([toy_of(data.draw)], **options)
 
 
 @settings(max_examples=60)
@@ -140,7 +149,7 @@ def test_constraints_and_prefixes(data: st.DataObject) -> None:
 def test_prefixes(data: st.DataObject, dtype: torch.dtype) -> None:
     options = data.draw(st.composite(options_of)())
     options |= prefix_of(data.draw, options)
-    assert_agree([toy(seed=data.draw(st.integers(0, 99)), dtype=dtype)], **options)
+    assert_agree([toy_of(data.draw, dtype)], **options)
 
 
 @settings(max_examples=80)
@@ -154,14 +163,14 @@ def test_groups(data: st.DataObject) -> None:
             options |= data.draw(st.composite(more)())
     if options["early_stopping"] == "heuristic":
         options["early_stopping"] = "first"
-    assert_agree([toy(seed=data.draw(st.integers(0, 99)))], **options)
+    assert_agree([toy_of(data.draw)], **options)
 
 
 @settings(max_examples=80)
 @given(st.data())
 def test_ensembles(data: st.DataObject) -> None:
     options = data.draw(st.composite(options_of)())
-    models = [toy(seed=data.draw(st.integers(0, 99)), sharpness=s) for s in (2, 1, 3)[: data.draw(st.integers(2, 3))]]
+    models = [toy_of(data.draw, sharpness=s) for s in (2, 1, 3)[: data.draw(st.integers(2, 3))]]
     options["combine"] = data.draw(st.sampled_from(("log", "linear")))
     if data.draw(st.booleans()):
         options["weights"] = [data.draw(st.sampled_from((0.0, 0.3, 0.5, 1.0))) for _ in models]
@@ -498,6 +507,16 @@ def test_groups_do_not_say_the_same() -> None:
     torch.testing.assert_close(result.scores, wanted.values)
 
 
+def test_dead_beams_of_a_group_have_taken_nothing() -> None:
+    """The first group says "2", after which nothing may come; the second may end then, which its best token does."""
+    model = toy(batch=1)
+    model.logits[:, [model.place(tokens) for tokens in ((), (2,), (3,))]] = -math.inf
+    model.logits[0, model.place([]), [2, 3]] = torch.tensor([0.6, 0.4], dtype=torch.float64).log()
+    model.logits[0, model.place([3]), [EOS, 4]] = torch.tensor([0.6, 0.4], dtype=torch.float64).log()
+    result = run([model], beam_size=2, n_best=2, eos=EOS, max_length=2, groups=2, diversity=1.0)
+    assert result.tokens.tolist() == [[[3, 0], [3, 4]]]
+
+
 def test_processors_see_histories_and_sentences() -> None:
     seen = []
 
@@ -558,7 +577,9 @@ def sampled(model: Toy, batch: int, **options: Any) -> list[tuple[tuple[int, ...
     return [tuple(tuple(t[:n]) for t, n in zip(tokens, lengths)) for tokens, lengths in pairs]
 
 
-def distribution(model: Toy, choose: Any = lambda log_probs: log_probs) -> dict[tuple[int, ...], float]:
+def distribution(
+    model: Toy, choose: Any = lambda log_probs: log_probs, min_length: int = 0
+) -> dict[tuple[int, ...], float]:
     """Probabilities of all sequences of at most three tokens, each step's log-probabilities changed by `choose`."""
     found: dict[tuple[int, ...], float] = {}
 
@@ -567,6 +588,8 @@ def distribution(model: Toy, choose: Any = lambda log_probs: log_probs) -> dict[
             found[tokens] = probability
             return
         logits = torch.tensor(model.after(0, tokens, BOS)[0], dtype=torch.float64)
+        if len(tokens) + 1 < min_length:
+            logits[EOS] = -math.inf
         for token, p in enumerate(choose(logits.log_softmax(0)).softmax(0).tolist()):
             if p:
                 grow((*tokens, token), probability * p)
@@ -627,8 +650,9 @@ def nucleus(log_probs: Tensor) -> Tensor:
         ({"top_p": 0.7}, nucleus),
         ({"temperature": 0.6, "top_p": 0.7}, lambda log_probs: nucleus(warm(log_probs).log_softmax(0))),
         ({"banned_tokens": [2]}, lambda log_probs: log_probs.index_fill(0, torch.tensor([2]), -math.inf)),
+        ({"min_length": 2}, lambda log_probs: log_probs),
     ],
-    ids=["plain", "temperature", "top_k", "top_p", "temperature+top_p", "banned"],
+    ids=["plain", "temperature", "top_k", "top_p", "temperature+top_p", "banned", "min_length"],
 )
 @pytest.mark.parametrize("sample", ["ancestral", "gumbel"])
 def test_samples_are_distributed_as_they_should(sample: str, options: dict[str, Any], choose: Any) -> None:
@@ -642,14 +666,14 @@ def test_samples_are_distributed_as_they_should(sample: str, options: dict[str, 
         ]
     else:
         drawn = [beams[0] for beams in sampled(model, 4000, beam_size=3, sample=sample, **options)]
-    assert_distributed(counted(drawn), distribution(model, choose))
+    assert_distributed(counted(drawn), distribution(model, choose, options.get("min_length", 0)))
 
 
 def test_without_replacement() -> None:
     """The second is distributed as what is left when the first is taken away, and none comes twice."""
-    model = toy(batch=1, vocabulary=3, sharpness=1.0, seed=5)
+    model = toy(batch=1, vocabulary=3, sharpness=0.5, seed=5)
     expected = distribution(model)
-    drawn = sampled(model, 4000, beam_size=4, n_best=4, sample="gumbel")
+    drawn = sampled(model, 10000, beam_size=4, n_best=4, sample="gumbel")
     for beams in drawn:
         assert len(set(beams)) == 4
     pairs = {(a, b): p * q / (1 - p) for a, p in expected.items() for b, q in expected.items() if a != b}
@@ -657,11 +681,16 @@ def test_without_replacement() -> None:
 
 
 def test_without_replacement_until_nothing_is_left() -> None:
-    model = toy(batch=1, vocabulary=2, seed=5)
-    expected = distribution(model)
-    for beams in sampled(model, 50, beam_size=7, n_best=7, sample="gumbel"):
-        found = [tokens for tokens in beams if tokens]
-        assert len(found) == len(expected) == 4 and set(found) == set(expected)
+    """Also where some that were drawn come to nothing."""
+    model = toy(batch=1, vocabulary=3, seed=5)
+    every = set(distribution(model))
+    assert len(every) == 15
+    assert all(set(beams) == {*every, ()} for beams in sampled(model, 50, beam_size=17, n_best=17, sample="gumbel"))
+    model.logits[:, model.place([2])] = -math.inf
+    left = {tokens for tokens in every if tokens[0] != 2}
+    assert all(set(beams) == {*left, ()} for beams in sampled(model, 50, beam_size=17, n_best=17, sample="gumbel"))
+    # Of two beams one comes to something, and what does not takes nobody's place.
+    assert all(beams[0] in left for beams in sampled(model, 50, beam_size=2, sample="gumbel"))
 
 
 @pytest.mark.parametrize("sample", ["ancestral", "gumbel"])
