@@ -26,7 +26,9 @@ endif
 
 GPU_SECONDS ?= 460
 BENCH_SECONDS ?= 240
-GPU_PARTS := gpu-test gpu-attention gpu-exchange gpu-sanitize gpu-bench
+ATTENTION := tests/gpu/test_attention.py
+SEARCH := tests/gpu/test_top_k.py tests/gpu/test_search.py
+GPU_PARTS := gpu-test gpu-attention gpu-search gpu-exchange gpu-sanitize gpu-bench
 
 OPERATORS := tests/ops tests/nn tests/reference tests/search
 TEST_PARTS := test-operators test-rest
@@ -68,11 +70,14 @@ gpu-build: $(INSTALLED)
 	@$(PY) -c 'import torch; torch.cuda.is_available() or exit("make gpu: torch sees no CUDA device")'
 
 gpu-test: gpu-build
-	timeout 120 $(PY) -m pytest tests/gpu -q --ignore=tests/gpu/test_attention.py $(ARGS)
+	timeout 120 $(PY) -m pytest tests/gpu -q $(addprefix --ignore=,$(ATTENTION) $(SEARCH)) $(ARGS)
 
 # Apart, since Triton compiles nearly every case anew, which may take longer than this.
 gpu-attention: gpu-build
-	timeout 90 $(PY) -m pytest tests/gpu/test_attention.py -v $(ARGS)
+	timeout 90 $(PY) -m pytest $(ATTENTION) -v $(ARGS)
+
+gpu-search: gpu-build
+	timeout 90 $(PY) -m pytest $(SEARCH) -v $(ARGS)
 
 gpu-exchange: gpu-build
 	timeout 60 $(PY) -m bench.gpu.exchange

@@ -230,9 +230,11 @@ def test_make_gpu_runs_every_part_also_after_one_that_failed(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     ran = [line.removeprefix("ran -m ") for line in done.stdout.splitlines() if line.startswith("ran -m ")]
     assert ran[0].startswith("pip install") and "--no-index" in ran[0]
-    tests = ["pytest tests/gpu -q --ignore=tests/gpu/test_attention.py", "pytest tests/gpu/test_attention.py -v"]
-    assert ran[1:5] == [*tests, "bench.gpu.exchange", "bench.gpu.sanitize --seconds 90"]
-    assert ran[5].startswith("bench.gpu --seconds ") and 380 < int(ran[5].split()[-1]) <= 400
+    attention, *search = (f"tests/gpu/test_{name}.py" for name in ("attention", "top_k", "search"))
+    ignored = " ".join(f"--ignore={path}" for path in (attention, *search))
+    tests = [f"pytest {paths}" for paths in (f"tests/gpu -q {ignored}", f"{attention} -v", f"{' '.join(search)} -v")]
+    assert ran[1:6] == [*tests, "bench.gpu.exchange", "bench.gpu.sanitize --seconds 90"]
+    assert ran[6].startswith("bench.gpu --seconds ") and 380 < int(ran[6].split()[-1]) <= 400
     assert done.returncode != 0 and "failed: gpu-exchange\n" in done.stdout
 
 

@@ -500,13 +500,16 @@ class _Search:
         if len(shaped) == 1:
             log_probs = _log_softmax(self._processed(found, shaped[0]))
         else:
-            each = torch.stack([_log_softmax(rows) for rows in shaped])
-            weights = torch.tensor(self.weights, dtype=dtype, device=each.device).view(-1, 1, 1, 1)
+            # Weights are Python's numbers: as a tensor the host would wait for them at every step on a GPU.
+            each = [(_log_softmax(rows), weight) for rows, weight in zip(shaped, self.weights)]
             if self.linear:
-                log_probs = (each + weights.log()).logsumexp(0)
+                terms = [rows + (math.log(weight) if weight else -math.inf) for rows, weight in each]
+                log_probs = torch.stack(terms).logsumexp(0)
             else:
                 # A weight of 0 times -inf would be NaN.
-                log_probs = torch.where(weights == 0, 0, each * weights).sum(0)
+                log_probs = torch.stack(
+                    [rows * weight if weight else torch.zeros_like(rows) for rows, weight in each]
+                ).sum(0)
             log_probs = self._processed(found, log_probs)
         allowed = log_probs
         if self.no_repeat_ngram and self.history is not None:

@@ -14,13 +14,18 @@ def ngram_mask(history: Tensor, size: int, vocabulary: int) -> Tensor:
     Paulus et al. 2017 (arXiv 1705.04304, section 2.5).
     """
     length = history.shape[-1]
-    mask = torch.zeros(*history.shape[:-1], vocabulary, dtype=torch.bool, device=history.device)
     if length < size:
-        return mask
+        return torch.zeros(*history.shape[:-1], vocabulary, dtype=torch.bool, device=history.device)
     windows = history.unfold(-1, size, 1)  # [.., t - n + 1, n]
     same = (windows[..., :-1] == history[..., None, length - size + 1 :]).all(-1)
-    # What follows a window that is not the same is set to itself, which a window that is may have set to True.
-    return mask.scatter_reduce_(-1, windows[..., -1], same, "amax")
+    return _mask_of(windows[..., -1], same, vocabulary)
+
+
+def _mask_of(tokens: Tensor, chosen: Tensor, vocabulary: int) -> Tensor:
+    """True for tokens [.., n] that are chosen, bool [.., n], at one of their places at least: bool [.., V]."""
+    # The others are sent to a column behind: on CUDA torch reduces no bool, so that "amax" would not do.
+    mask = torch.zeros(*tokens.shape[:-1], vocabulary + 1, dtype=torch.bool, device=tokens.device)
+    return mask.scatter_(-1, torch.where(chosen, tokens, vocabulary), True)[..., :vocabulary]
 
 
 class Phrases:
@@ -44,7 +49,7 @@ class Phrases:
                 continue
             last = history[..., None, history.shape[-1] - begun :]
             same = (last == phrases[:, :-1]).all(-1)  # [.., P]
-            mask.scatter_reduce_(-1, phrases[:, -1].expand(same.shape), same, "amax")
+            mask |= _mask_of(phrases[:, -1].expand(same.shape), same, vocabulary)
         return mask
 
 

@@ -52,7 +52,8 @@ class Ranking:
         most = [table[1:].flip(0).cummax(0).values.flip(0) for table in (divisor, bonus)]
         tables = [divisor, bonus, *(torch.cat([table[:1], table]) for table in most)]
         for name, table in zip(_TABLES, tables):
-            setattr(self, name, table.to(device, dtype))
+            # This is made after the first step, for which the host need not wait.
+            setattr(self, name, table.to(device, dtype, non_blocking=True))
         self.longest = longest
 
     def rank(self, sums: Tensor, length: int) -> Tensor:
