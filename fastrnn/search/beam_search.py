@@ -93,14 +93,14 @@ def beam_search(
 ) -> BeamResult:
     """Batched beam search, on the device of the state, for any step function.
 
-    At each step the ``beam_size`` best continuations of a sentence's beams go on; those among them that end with an end
-    token are finished hypotheses. What a sentence gets does not depend on its batch mates, as far as the step's logits
+    At each step the ``beam_size`` best continuations of a sentence's beams that do not end go on; those with an end
+    token, where they are among the ``beam_size`` best of all, are finished hypotheses. What a sentence gets does not depend on its batch mates, as far as the step's logits
     do not.
 
     Args:
         step: ``step(tokens [b * beam_size], state) -> (logits [b * beam_size, V], state)``, or with attention's weights
             [b * beam_size, S] as a third result. b is batch_size at first; sentences that are done leave. Several
-            steps, with a sequence of states, are an ensemble.
+            steps, with a list of states, are an ensemble, in which attention's weights are the first one's.
         state: any tree. Its tensors have leading dimension batch_size * beam_size and are re-ordered as beams are;
             those within :class:`Shared` have batch_size rows. Other leaves are passed on. See :func:`expand`.
         batch_size, beam_size: B and K.
