@@ -94,8 +94,8 @@ def beam_search(
     """Batched beam search, on the device of the state, for any step function.
 
     At each step the ``beam_size`` best continuations of a sentence's beams that do not end go on; those with an end
-    token, where they are among the ``beam_size`` best of all, are finished hypotheses. What a sentence gets does not depend on its batch mates, as far as the step's logits
-    do not.
+    token, where they are among the ``beam_size`` best of all, are finished hypotheses. What a sentence gets does not
+    depend on its batch mates, as far as the step's logits do not.
 
     Args:
         step: ``step(tokens [b * beam_size], state) -> (logits [b * beam_size, V], state)``, or with attention's weights
