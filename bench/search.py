@@ -58,7 +58,8 @@ class SearchProblem:
         model = self.model if dtype is self.dtype else copy.deepcopy(self.model).to(dtype)
         started = _Started(model, self.source)
         if self.case.mode == "decode":
-            return Contender(lambda: _eager_decode(started, self.case.steps), _named_scores)
+            decoder, memory, hidden, steps = model.decoder, started.memory, started.hidden, self.case.steps
+            return Contender(lambda: eager_decode(decoder, memory, hidden, steps)[0], _named_scores)
         return Contender(lambda: _search(started, self.case), _named_scores)
 
 
@@ -116,23 +117,27 @@ def _searched(started: _Started, count: int, limits: int | Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _eager_decode(started: _Started, steps: int) -> Tensor:
+def eager_decode(decoder: nn.TokenDecoder, memory: Tensor, hidden: Any, steps: int) -> tuple[Tensor, list[Tensor]]:
     """As users write it: LSTM cells, attention, log-softmax, topk and index_select from torch's operators, the memory
-    tiled. Nothing ends here, so that hypotheses are the beams."""
-    decoder = started.model.decoder
+    [B, S, M] tiled, h and c [layers, B * K, H] given for the beams. Nothing ends here, so that hypotheses are the
+    beams: their scores [B, K], best first, and the tokens of each step [B * K]."""
     rnn, projection = decoder.layers, decoder.projection
-    asked = getattr(decoder.rnn, "attention", None)
-    batch, beams, vocabulary = started.batch, _BEAMS, decoder.num_tokens
-    memory = started.memory.repeat_interleave(beams, 0)
-    keys = memory if asked is None else memory @ asked.memory_weight.T
-    h, c = ([*state] for state in started.hidden)
+    asked = decoder.rnn.attention if isinstance(decoder.rnn, nn.AttentionDecoder) else None
+    batch, beams, vocabulary, device = len(memory), _BEAMS, decoder.num_tokens, memory.device
+    dtype = torch.promote_types(memory.dtype, torch.float32)
+    memory = memory.repeat_interleave(beams, 0)
+    if asked is not None:
+        keys, v = memory @ asked.memory_weight.T, asked.v
+        if asked.normalize_v:
+            keys, v = keys + asked.bias, asked.g * v / v.norm()
+    h, c = ([*state] for state in hidden)
     context = memory.new_zeros(batch * beams, memory.shape[2])
     weights = [[getattr(rnn, name) for name in names] for names in rnn._all_weights]
-    tokens = torch.full((batch * beams,), _BOS)
-    scores = memory.new_full((batch, beams), -torch.inf)
+    tokens = torch.full((batch * beams,), _BOS, device=device)
+    scores = torch.full((batch, beams), -torch.inf, dtype=dtype, device=device)
     scores[:, 0] = 0
-    first = torch.arange(0, batch * beams, beams).unsqueeze(1)
-    histories = []
+    first = torch.arange(0, batch * beams, beams, device=device).unsqueeze(1)
+    histories: list[Tensor] = []
     for _ in range(steps):
         x = decoder.embedding(tokens)
         if asked is not None:
@@ -141,18 +146,18 @@ def _eager_decode(started: _Started, steps: int) -> Tensor:
             h[layer], c[layer] = torch.lstm_cell(x, (h[layer], c[layer]), *parameters)
             x = h[layer]
         if asked is not None:
-            energies = torch.tanh((x @ asked.query_weight.T).unsqueeze(1) + keys) @ asked.v
+            energies = torch.tanh((x @ asked.query_weight.T).unsqueeze(1) + keys) @ v
             context = torch.bmm(torch.softmax(energies, -1).unsqueeze(1), memory).squeeze(1)
             x = torch.cat([x, context], -1)
         logits = projection(x)
-        total = torch.log_softmax(logits, -1) + scores.view(-1, 1)
+        total = torch.log_softmax(logits, -1, dtype=dtype) + scores.view(-1, 1)
         scores, indices = torch.topk(total.view(batch, -1), beams)
         tokens = (indices % vocabulary).flatten()
         rows = (indices // vocabulary + first).flatten()
         h, c = ([state.index_select(0, rows) for state in states] for states in (h, c))
         context = context.index_select(0, rows)
         histories = [history.index_select(0, rows) for history in histories] + [tokens]
-    return scores
+    return scores, histories
 
 
 def _build_fastrnn(problem: SearchProblem) -> Contender:

@@ -15,7 +15,7 @@ import torch
 
 from bench import check, peers, report, results
 from bench.gpu import __main__ as suites
-from bench.gpu import ceilings, contenders, exchange, registry, sanitize, timing
+from bench.gpu import ceilings, contenders, exchange, registry, sanitize, search, timing
 from bench.gpu import report as gpu_report
 from bench.gpu import results as gpu_results
 
@@ -71,9 +71,10 @@ def test_every_suite_has_had_its_share_whenever_the_time_is_up():
     cases = registry.ordered(list(registry.SUITES))
     assert sorted(case.id for case in cases) == sorted(case.id for case in registry.all_cases())
     assert [case.suite for case in cases[:2]] == ["headline"] * 2
+    assert [case.suite for case in cases[-3:]] == ["search"] * 3
     half = Counter(case.suite for case in cases[: len(cases) // 2])
     for name, suite in registry.SUITES.items():
-        if name != "headline":
+        if name not in ("headline", "search"):
             assert abs(half[name] / len(suite()) - 0.5) < 0.1
     assert {case.suite for case in registry.ordered(["norm", "step"])} == {"norm", "step"}
 
@@ -85,6 +86,10 @@ def test_least_bytes_and_floors():
     assert forward.least_bytes == weights + 2 * 16 * 1024 * 2 * 768
     assert training.least_bytes == 3 * forward.least_bytes
     assert ceilings.floor_seconds(forward, LIMITS) == pytest.approx(2 * 16 * 1024 * 4 * 768 * 1536 / 800e12)
+    one, *_, many = registry.search()
+    weights = 12 * 1024**2 + 3 * 8 * 1024**2 + 1024**2 + 32000 * 2048
+    assert ceilings.floor_seconds(one, LIMITS) == pytest.approx(40 * 2 * weights / 4000e9)
+    assert ceilings.floor_seconds(many, LIMITS) == pytest.approx(2 * 40 * 128 * 5 * weights / 800e12)
     step = case_of("step", cell="lstm", dtype="bf16")
     assert ceilings.floor_seconds(step, LIMITS) == pytest.approx(2 * 4 * 1024 * 1024 * 2 / 4000e9 + 1.5e-6)
 
@@ -103,8 +108,9 @@ def test_precision_of_products_is_put_back():
 
 @pytest.fixture
 def one_case_each(monkeypatch):
-    """Of every suite that needs no compiler, its first case."""
-    shortened = {name: lambda suite=suite: suite()[:1] for name, suite in registry.SUITES.items() if name != "norm"}
+    """Of every suite that needs no compiler and no large vocabulary, its first case."""
+    chosen = {name: suite for name, suite in registry.SUITES.items() if name not in ("norm", "search")}
+    shortened = {name: lambda suite=suite: suite()[:1] for name, suite in chosen.items()}
     monkeypatch.setattr(registry, "SUITES", shortened)
     monkeypatch.setattr(suites, "SUITES", shortened)
 
@@ -179,6 +185,33 @@ def test_a_wrong_fastrnn_is_left_out_and_fails_the_run(tmp_path, one_case_each, 
     assert found["ratios"] == {} and "fraction" not in found
 
 
+@pytest.mark.parametrize("factor", [1.0, 1.2])
+def test_a_search_is_checked_by_what_its_tokens_are_worth(factor, monkeypatch):
+    monkeypatch.setattr(search, "VOCABULARY", 50)
+    of_fastrnn = search.BUILDERS["fastrnn"]
+
+    def times_factor(problem):
+        contender = of_fastrnn(problem)
+
+        def call():
+            tokens, scores = contender.call()
+            return tokens, factor * scores
+
+        return contender._replace(call=call)
+
+    monkeypatch.setitem(search.BUILDERS, "fastrnn", times_factor)
+    case = registry.shrunk(registry.search()[1])
+    options = argparse.Namespace(backends=["cpu"], baselines=False, device="cpu", seconds_each=0.001)
+    found = suites.measure(case, options, timing.HostTimer(), LIMITS, left=1.0)
+    assert case.id == "lstm-3x5x8x8-search-fp16" and found["suite"] == "search"
+    if factor == 1:
+        assert list(found["peers"]) == ["fastrnn", "torch"] and found["left_out"] == {}
+    else:
+        assert found["left_out"]["fastrnn"].startswith("wrong result: score is off by 2.0") and suites.wrong_results(
+            found
+        )
+
+
 def test_back_ends_asked_for_by_name():
     """One that cannot run says why; the one that fastrnn chose itself is not timed twice."""
     assert not {"cpu", "aten", "reference"} & set(contenders.gpu_backends())
@@ -194,7 +227,10 @@ def test_back_ends_asked_for_by_name():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--suites", "cudnn,nonsense"], "must be out of headline, step, cudnn, small, masks, norm, got 'nonsense'"),
+        (
+            ["--suites", "cudnn,nonsense"],
+            "must be out of headline, step, cudnn, small, masks, norm, search, got 'nonsense'",
+        ),
         (["--backends", "cpu"], "got 'cpu'"),
     ],
     ids=["suite", "back end"],
@@ -495,6 +531,7 @@ def test_summary():
         (masked[1], row(masked[1], fastrnn=0.00121, plain=0.001)),
         (case_of("step"), row(case_of("step"), fastrnn=2e-5, fastrnn_graph=8e-6, torch=4e-5)),
         (case_of("norm"), row(case_of("norm"), fastrnn=0.002, plain=0.001, compiled_loop=0.03)),
+        (case_of("search"), row(case_of("search"), fastrnn=0.02, torch=0.05)),
     )
     text = gpu_report.summary(data)
     assert "NVIDIA H200, driver 580.1; torch 2.11.0; measured at abc on 2026-11-20." in text
@@ -506,6 +543,7 @@ def test_summary():
     assert "| LSTM, `resets`, H 512 and 1024 | – | 1.15 (1.21) | 2 | cuda |" in text
     assert "| LSTM, `layer_norm`, H 512 and 1024 | 2.00 | – | 1 | cuda |" in text
     assert "| LSTMCell bf16, B 1, I = H = 1024 | 20 | 8 | 40 | – | 5.69 | cuda |" in text
+    assert "| fp16, B 1 | 2000 | 800 | 19166 | 848 |" in text
     details = gpu_report.details(data | {"exchange": {"run": ID, "rows": []}})
     assert (
         "| lstm-16x1024x768x768-forward-fp16 | fastrnn, cuda | 1000 | 1000 to 1000 | 0.977 |  | 19% | 1.0e-03 |"

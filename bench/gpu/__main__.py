@@ -17,6 +17,7 @@ from bench.check import WRONG, Entries, enter
 from bench.gpu import ceilings, contenders, results
 from bench.gpu.registry import SUITES, GpuCase, ordered, shrunk
 from bench.gpu.report import progress
+from bench.gpu.search import SearchProblem
 from bench.gpu.timing import Budget, Timer, interleave, timer_for
 from bench.peers import Problem
 
@@ -49,7 +50,8 @@ def measure(case: GpuCase, options: argparse.Namespace, timer: Timer, limits: ce
     cache = 0 if options.device == "cpu" else torch.cuda.get_device_properties(0).L2_cache_size
     chosen = contenders.builders(case, options.backends, options.baselines, min(COMPILE_SECONDS, left), cache)
     with ceilings.precision(case.dtype), torch.set_grad_enabled(case.mode == "training"):
-        entries = enter(Problem(case, options.device), chosen, strict=False)
+        problem: Any = SearchProblem if case.mode == "search" else Problem
+        entries = enter(problem(case, options.device), chosen, strict=False)
         # What fastrnn chose itself is timed once.
         for kind in ("", ", graph"):
             entries.contenders.pop(f"fastrnn {entries.backend}{kind}", None)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from bench import peers
 from bench.check import Builder
+from bench.gpu import search
 from bench.gpu.registry import GpuCase
 from bench.peers import Around, Contender, Problem, Results, Unsupported, contender_of, layer_like
 from bench.registry import GATES
@@ -40,6 +41,8 @@ def builders(
     """The contenders of a case by name; `explicit` are the back ends that take part beside fastrnn's own choice, and
     with `baselines` only cuDNN does."""
     chosen: dict[str, Builder] = {}
+    if case.mode == "search":
+        return {name: build for name, build in search.BUILDERS.items() if name == "torch" or not baselines}
     if not baselines:
         chosen["fastrnn"] = peers.fastrnn
         chosen |= {f"fastrnn {name}": functools.partial(peers.fastrnn, backend=name) for name in explicit}

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from bench.registry import GATES, Case, Shape
+from bench.registry import DTYPES, GATES, Case, Shape
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,32 @@ class GpuCase(Case):
         element = self.weight_bytes // (GATES[self.cell] * hidden_size**2)
         once = self.all_weight_bytes + element * batch * steps * (input_size + hidden_size)
         return 3 * once if self.mode == "training" else once
+
+
+# Of the model that searches.
+LAYERS, VOCABULARY, BEAMS = 4, 32000, 5
+
+
+@dataclass(frozen=True)
+class GpuSearch(GpuCase):
+    """A search by an encoder and a decoder with additive attention. T is the length of the source and of what is found;
+    I, that of the embeddings, is H."""
+
+    @property
+    def _step_weights(self) -> int:
+        """What a step of the decoder multiplies by: layers, the query's projection, and the projection to tokens."""
+        size = self.size.hidden_size
+        return GATES[self.cell] * size * size * (2 * LAYERS + 1) + size * size + 2 * size * VOCABULARY
+
+    @property
+    def least_bytes(self) -> int:
+        """The decoder's weights at every step."""
+        return self.size.steps * self._step_weights * DTYPES[self.dtype].itemsize
+
+    @property
+    def flops(self) -> int:
+        """Of the decoder's products with weights."""
+        return 2 * self.size.steps * self.size.batch * BEAMS * self._step_weights
 
 
 SEQUENCE_MODES = ("forward", "training")
@@ -106,7 +132,12 @@ def step() -> list[GpuCase]:
     ]
 
 
-SUITES = {suite.__name__: suite for suite in (headline, step, cudnn, small, masks, norm)}
+def search() -> list[GpuCase]:
+    """Beam search of 40 steps with 5 beams, a model of GNMT's size: 4 + 4 LSTM layers of 1024, 32,000 tokens."""
+    return [GpuSearch("lstm", f"{batch}x40x1024x1024", "search", "fp16", None, "search") for batch in (1, 32, 128)]
+
+
+SUITES = {suite.__name__: suite for suite in (headline, step, cudnn, small, masks, norm, search)}
 
 
 def all_cases() -> list[GpuCase]:
@@ -119,8 +150,11 @@ def ordered(names: Sequence[str]) -> list[GpuCase]:
     for rank, name in enumerate(SUITES):
         if name in names:
             cases = SUITES[name]()
-            # The headline comes first as a whole.
-            placed += [(index / len(cases) if rank else -1.0, rank, index, case) for index, case in enumerate(cases)]
+            # The headline comes first as a whole, and whole searches last.
+            fixed = {"headline": -1.0, "search": 1.0}.get(name)
+            placed += [
+                (index / len(cases) if fixed is None else fixed, rank, index, case) for index, case in enumerate(cases)
+            ]
     return [case for *_, case in sorted(placed, key=lambda entry: entry[:3])]
 
 
@@ -128,4 +162,4 @@ def shrunk(case: GpuCase) -> GpuCase:
     """The case at a size that takes no time, for a trial of the suites."""
     batch, steps, input_size, hidden_size = case.size
     small = (min(batch, 3), min(steps, 5), min(input_size, 8), min(hidden_size, 8))
-    return GpuCase(case.cell, "x".join(map(str, small)), case.mode, case.dtype, case.variant, case.suite)
+    return replace(case, shape="x".join(map(str, small)))

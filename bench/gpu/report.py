@@ -131,11 +131,29 @@ def step_table(rows: Measured) -> str | None:
     return markdown(header, lines) if lines else None
 
 
+# NVIDIA's GNMT v2 on an A100 of 40 GB in FP16, 5 beams, by B (DeepLearningExamples, PyTorch 20.06): tokens/s.
+PUBLISHED = {1: 848, 32: 11803, 128: 28201}
+
+
+def search_table(rows: Measured) -> str | None:
+    """Whole searches: tokens of the best hypotheses per second."""
+    lines = []
+    for case, row in rows:
+        if case.mode == "search":
+            tokens, times = case.size.batch * case.size.steps, {name: f["median"] for name, f in row["peers"].items()}
+            rates = [three(1e3 * tokens / times[name]) if name in times else "–" for name in ("fastrnn", "torch")]
+            published = PUBLISHED.get(case.size.batch)
+            ceiling = three(1e3 * tokens / row["floor"])
+            lines.append([f"{case.dtype}, B {case.size.batch}", *rates, ceiling, f"{published}" if published else "–"])
+    header = ["search by a model of GNMT's size, 5 beams, 40 steps, tokens/s", "fastrnn", "torch's operators"]
+    return markdown([*header, "at the floor", "GNMT v2 as published, A100"], lines) if lines else None
+
+
 def summary(data: Mapping[str, Any]) -> str:
     """What the README shows of a GPU."""
     rows = measured(data)
-    tables = [table for table in (ratio_table(rows), cost_table(rows), step_table(rows)) if table]
-    return "\n\n".join([provenance(data), *tables])
+    tables = (ratio_table(rows), cost_table(rows), step_table(rows), search_table(rows))
+    return "\n\n".join([provenance(data), *filter(None, tables)])
 
 
 def exchange_table(rows: Sequence[Row]) -> str:
