@@ -57,7 +57,8 @@ SIDE, GREYS = 8, 16  # pictures are SIDE x SIDE of 0 to GREYS
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 TEST_SHARE, VALIDATION_SHARE = 0.20, 0.10  # of the pictures
 CELLS = {"gru": nn.GRU, "lstm": nn.LSTM, "rnn": nn.RNN}
-ROW, SHOWN = 3, 12  # pictures with captions
+COLUMNS, SHOWN = 3, 9  # of the picture with captions; the last row is for wrong ones
+PRINTED = 3  # pictures
 CURVE_OPTIONS = ("cell", "hidden", "embedding", "dropout", "label_smoothing", "iterations", "batch", "lr", "clip")
 CURVE_OPTIONS += ("seed",)
 
@@ -110,7 +111,7 @@ class PictureEncoder(torch.nn.Module):
             torch.nn.ReLU(),
             torch.nn.Flatten(),
             torch.nn.Dropout(dropout),
-            torch.nn.Linear(32 * (SIDE // 2) ** 2, hidden_size),
+            torch.nn.Linear(32 * (SIDE // 2) ** 2, hidden_size, bias=False),
             torch.nn.BatchNorm1d(hidden_size),  # at first pictures hardly differ in what the convolutions make of them
             torch.nn.Tanh(),
         )
@@ -215,17 +216,22 @@ def spelled(words: list[str]) -> str:
     return " ".join(words).replace(" ,", ",").replace(" :", ":")
 
 
-def draw_captions(path: Path, pictures: Pictures, captions: list[list[str]], rows: list[int]) -> None:
-    """These pictures with their captions, the wrong ones red."""
-    figure = Figure(figsize=(3.2 * ROW, 2.1 * -(-len(rows) // ROW)), layout="constrained")
-    axes = figure.subplots(-(-len(rows) // ROW), ROW, squeeze=False).flatten()
+def draw_captions(path: Path, pictures: Pictures, captions: list[list[list[str]]], rows: list[int]) -> None:
+    """These pictures with all their captions, the wrong ones red."""
+    lines = -(-len(rows) // COLUMNS)
+    figure = Figure(figsize=(3.4 * COLUMNS, 2.6 * lines), layout="constrained")
+    axes = figure.subplots(lines, COLUMNS, squeeze=False).flatten()
     for ax in axes:
         ax.set_axis_off()
     for ax, row in zip(axes, rows):
         ax.imshow(pictures.grey[row].view(SIDE, SIDE).numpy(), cmap="gray_r", vmin=0, vmax=GREYS)
-        right = captions[row] in CAPTIONS[pictures.labels[row]]
-        text = spelled(captions[row]) + ("" if right else f"\n(it is {NAMES[pictures.labels[row]]})")
-        ax.text(0.5, -0.05, text, transform=ax.transAxes, ha="center", va="top", color="black" if right else "red")
+        ax.set_title(NAMES[pictures.labels[row]], fontsize=9, color="gray")
+        known = CAPTIONS[pictures.labels[row]]
+        for i, caption in enumerate(captions[row]):
+            color = "black" if caption in known else "red"
+            place = {"xy": (0.5, 0), "xycoords": "axes fraction", "ha": "center", "va": "top"}
+            offset = {"xytext": (0, -4 - 12 * i), "textcoords": "offset points"}
+            ax.annotate(spelled(caption), **place, **offset, color=color, fontsize=9)
     figure.savefig(path, dpi=90)
 
 
@@ -301,10 +307,10 @@ def main() -> int:
         "wrong": [{"label": test.labels[row], "caption": spelled(best[row])} for row in wrong],
     }
     (args.output / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
-    first = [row for row in range(len(best)) if row not in wrong][: SHOWN - min(len(wrong), ROW)]
-    draw_captions(args.output / "captions.png", test, best, first + wrong[:ROW])
+    shown = [row for row in range(len(best)) if row not in wrong][: SHOWN - min(len(wrong), COLUMNS)]
+    draw_captions(args.output / "captions.png", test, found, shown + wrong[:COLUMNS])
 
-    for sample in metrics["captions"][:ROW]:
+    for sample in metrics["captions"][:PRINTED]:
         print(f"\n{NAMES[sample['label']]:8}" + f"\n{'':8}".join(sample["captions"]))
     for sample in metrics["wrong"]:
         print(f"\n{NAMES[sample['label']]:8}{sample['caption']}  (wrong)")

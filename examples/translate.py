@@ -1,6 +1,6 @@
 """Translation: by sub-words (byte pair encoding, Sennrich et al. 2016, arXiv 1508.07909) and by characters.
 
-Two models of the same size, encoder and decoder with additive attention, learn the same sentences: one as the tokens
+Two models of the same layers, encoder and decoder with additive attention, learn the same sentences: one as the tokens
 of byte pair encoding, learned on the training part by the package tokenizers, the other as characters. Sentences that
 neither has seen tell how they compare; a sentence is right when it is a known translation to the last letter.
 
@@ -139,7 +139,7 @@ def parse_arguments() -> argparse.Namespace:
         default=["de", "fr"],
         help="of the number words, as num2words names them (de fr)",
     )
-    parser.add_argument("--sentences", type=positive_int, default=6000, help="at most (%(default)s)")
+    parser.add_argument("--sentences", type=positive_int, default=10000, help="at most (%(default)s)")
     parser.add_argument(
         "--vocabulary", type=positive_int, default=200, help="of byte pair encoding, per language (%(default)s)"
     )
@@ -331,7 +331,7 @@ def markdown(results: dict[str, Any], history: list[dict[str, Any]]) -> str:
 
 def draw_alignments(path: Path, pictures: dict[str, tuple[list[str], list[str], Tensor]]) -> None:
     """Where each model looked in one sentence."""
-    widths = [max(4.0, 1.5 + 0.15 * len(source)) for source, _, _ in pictures.values()]
+    widths = [max(4.0, 1.5 + 0.18 * len(source)) for source, _, _ in pictures.values()]
     height = max(4.0, 1.5 + 0.15 * max(len(target) for _, target, _ in pictures.values()))
     figure = Figure(figsize=(sum(widths), height), layout="constrained")
     axes = figure.subplots(1, len(pictures), squeeze=False, width_ratios=widths)[0]

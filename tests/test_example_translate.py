@@ -108,7 +108,7 @@ def test_resume_after_interrupt_is_the_same_run(
 
     for change, message in (
         (("--tokens", "bpe"), "the checkpoint was made with tokens ['characters'], not ['bpe']"),
-        (("--sentences", 300), "the checkpoint was made with sentences 6000, not 300"),
+        (("--sentences", 300), "the checkpoint was made with sentences 10000, not 300"),
     ):
         with pytest.raises(SystemExit, match="2"):
             run(example, monkeypatch, *options, "parts", "--resume", *change)
