@@ -1,24 +1,21 @@
 """What the examples with an encoder and a decoder share: pairs of sequences, minibatches, parts of data, training."""
 
-import argparse
 import hashlib
-import math
-import shlex
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import _processes as processes
 import torch
-from _trainer import Trainer, load_checkpoint, non_negative_float, save_checkpoint, train
+from _trainer import Trainer, evenly, train
 from torch import Tensor
 from tqdm import tqdm
 
 from fastrnn import nn
 
 BUCKET = 50  # minibatches among whose pairs those of similar length are put together
-WARM_UP = 200  # iterations
+WARM_UP = 200  # iterations of the learning rate
 EVALUATION_BATCH = 512
 ROWS = 20  # of the table that training prints, each with a checkpoint
 
@@ -53,21 +50,6 @@ def part_of(item: bytes, test: float, validation: float) -> str:
     return "test" if share < test else "validation" if share < test + validation else "train"
 
 
-def probability(text: str) -> float:
-    value = non_negative_float(text)
-    if value >= 1:
-        raise argparse.ArgumentTypeError(f"must be a number from 0 to below 1, got {text!r}")
-    return value
-
-
-def learning_rate(iteration: int, iterations: int) -> float:
-    """Linear up to 1, then half a cosine down to 0."""
-    warm_up = min(WARM_UP, iterations // 10)
-    if iteration < warm_up:
-        return (iteration + 1) / warm_up
-    return (1 + math.cos(math.pi * (iteration - warm_up) / (iterations - warm_up))) / 2
-
-
 class PairLoss:
     """The loss of an epoch's next minibatch, of pairs of similar length."""
 
@@ -95,9 +77,11 @@ class PairLoss:
         epoch, position = divmod(iteration, self.batches)
         if epoch != self.epoch:
             self.start(epoch)
-        torch.manual_seed((self.seed << 20) + iteration)  # of dropout, for a resumed run to go on as before
-        batch = (tensor.to(self.device) for tensor in self.pairs.take(self.order[position]))
-        return model.loss(*batch, label_smoothing=self.label_smoothing), None
+        processes.seed_iteration(self.seed, iteration)
+        mine, number = processes.shard(self.order[position])
+        batch = [tensor.to(self.device) for tensor in self.pairs.take(mine)]
+        loss = model.loss(*batch, label_smoothing=self.label_smoothing)
+        return processes.mean_over_all(loss, int(self.pairs.target_lengths[mine[:number]].sum())), None
 
 
 @torch.no_grad()
@@ -111,58 +95,32 @@ def validation_loss(model: nn.Seq2Seq, pairs: Pairs, device: torch.device) -> fl
     return total / int(pairs.target_lengths.sum())
 
 
-def resume(runs: dict[str, Trainer], output: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """Set the runs to where their checkpoint was, and return the history until then."""
-    saved = load_checkpoint(output / "checkpoint.pt", settings)
-    for name, run in runs.items():
-        run.load_state_dict(saved["runs"][name])
-    return saved["history"]
-
-
-def train_with_checkpoints(
+def train_pairs(
     runs: dict[str, Trainer],
     iterations: int,
-    output: Path,
-    settings: dict[str, Any],
-    history: list[dict[str, Any]],
     measure: Callable[[], dict[str, float]],
     unit: str,
     batches: int,
+    *,
+    folder: Path,
+    settings: dict[str, Any],
+    state: dict[str, Any],
 ) -> bool:
-    """Train the runs, with a row of losses in ``history`` and on the screen and a checkpoint now and then.
+    """Train the runs like ``_trainer.train``, with rows of losses in ``state["history"]`` and on the screen.
 
     Args:
-        runs: trainers by name.
-        iterations: where they end.
-        output: folder of the checkpoint.
-        settings: what a run that goes on from it must have alike.
-        history: gets a row for each checkpoint.
         measure: returns the validation losses by name.
         unit: of those.
         batches: in an epoch.
-
-    Returns:
-        True when all iterations are done; False after Ctrl-C or SIGTERM, having said how to go on.
     """
     widths = {name: max(10, len(name) + 2) for name in runs}
 
-    def save() -> None:
-        states = {name: run.state_dict() for name, run in runs.items()}
-        save_checkpoint(output / "checkpoint.pt", {"settings": settings, "runs": states, "history": history})
-
     def pause(iteration: int) -> None:
         losses = measure()
-        history.append({"iteration": iteration, "validation_loss": losses})
+        state["history"].append({"iteration": iteration, "validation_loss": losses})
         columns = "".join(f"{loss:>{widths[name]}.4f}" for name, loss in losses.items())
         tqdm.write(f"{iteration:>9}{iteration / batches:>7.1f}{columns}")
-        save()
 
     print(f"{'':>18}validation loss, {unit}")
     print(f"{'iteration':>9}{'epoch':>7}" + "".join(f"{name:>{width}}" for name, width in widths.items()))
-    every = max(1, iterations // ROWS)
-    if train(runs, iterations, range(every, iterations, every), pause):
-        return True
-    save()
-    command = shlex.join(["python", *(argument for argument in sys.argv if argument != "--resume"), "--resume"])
-    print(f"Stopped at iteration {min(run.iteration for run in runs.values())}; go on with: {command}")
-    return False
+    return train(runs, iterations, evenly(iterations, ROWS), pause, folder=folder, settings=settings, state=state)

@@ -15,24 +15,22 @@ digits", optdigits.tra for one: in each line 64 grey values from 0 to 16 and the
 import argparse
 import hashlib
 import json
-import os
 import statistics
 import sys
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from _seq2seq import (
     EVALUATION_BATCH,
+    WARM_UP,
     PairLoss,
     Pairs,
-    learning_rate,
     pad,
     part_of,
-    probability,
-    resume,
-    train_with_checkpoints,
+    train_pairs,
     validation_loss,
 )
 from _trainer import (
@@ -40,17 +38,21 @@ from _trainer import (
     Trainer,
     add_arguments,
     choose_device,
-    describe_device,
+    cosine,
+    describe_environment,
     fail,
     positive_int,
     prepare_output,
+    print_device,
+    probability,
+    resume,
     run_main,
+    write_json,
 )
 from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-import fastrnn
 from fastrnn import nn
 
 SIDE, GREYS = 8, 16  # pictures are SIDE x SIDE of 0 to GREYS
@@ -237,7 +239,6 @@ def draw_captions(path: Path, pictures: Pictures, captions: list[list[list[str]]
 
 def main() -> int:
     args = parse_arguments()
-    load = os.getloadavg()[0]
     sys.stdout.reconfigure(line_buffering=True, errors="replace")
     device = choose_device(args.device)
     description, parts, digest = make_parts(args.data)
@@ -257,11 +258,12 @@ def main() -> int:
         compute_loss,
         lr=args.lr,
         clip=args.clip,
-        schedule=lambda iteration: learning_rate(iteration, args.iterations),
+        schedule=lambda iteration: cosine(iteration, args.iterations, WARM_UP),
+        parallel=args.parallel,
     )
     runs = {args.cell: run}
     settings = {name: getattr(args, name) for name in CURVE_OPTIONS} | {"data": digest}
-    history = resume(runs, args.output, settings) if args.resume else []
+    state: dict[str, Any] = resume(runs, args.output, settings) if args.resume else {"history": []}
 
     counts = ", ".join(f"{len(pictures.labels):,} {part}" for part, pictures in parts.items())
     print(f"data      {description}, pictures: {counts}, each with {len(CAPTIONS[0])} captions")
@@ -271,13 +273,14 @@ def main() -> int:
         f" ({args.iterations / compute_loss.batches:.1f} epochs), Adam lr {args.lr:g}, clip {args.clip:g},"
         f" seed {args.seed}"
     )
-    print(f"device    {describe_device(device)}, torch {torch.__version__}, fastrnn {fastrnn.__version__}\n")
+    print_device(device)
+    print()
 
     def measure() -> dict[str, float]:
         return {args.cell: validation_loss(model, validation, device)}
 
-    unit, batches = "nats per word", compute_loss.batches
-    if not train_with_checkpoints(runs, args.iterations, args.output, settings, history, measure, unit, batches):
+    saved = {"folder": args.output, "settings": settings, "state": state}
+    if not train_pairs(runs, args.iterations, measure, "nats per word", compute_loss.batches, **saved):
         return 130
 
     results = {}
@@ -288,25 +291,20 @@ def main() -> int:
     wrong = [row for row, caption in enumerate(best) if caption not in CAPTIONS[test.labels[row]]]
     metrics = {
         "settings": settings,
-        "environment": {
-            "device": describe_device(device),
-            "torch": torch.__version__,
-            "fastrnn": fastrnn.__version__,
-            "load_average_at_start": load,
-        },
+        "environment": describe_environment(device),
         "test_pictures": len(test.labels),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "seconds_per_iteration": statistics.median(run.seconds),
         "training_loss": statistics.mean(run.losses[-100:]),
         "beams": results,
-        "history": history,
+        "history": state["history"],
         "captions": [
             {"label": label, "captions": [spelled(caption) for caption in captions]}
             for label, captions in list(zip(test.labels, found, strict=True))[:SHOWN]
         ],
         "wrong": [{"label": test.labels[row], "caption": spelled(best[row])} for row in wrong],
     }
-    (args.output / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+    write_json(args.output / "metrics.json", metrics)
     shown = [row for row in range(len(best)) if row not in wrong][: SHOWN - min(len(wrong), COLUMNS)]
     draw_captions(args.output / "captions.png", test, found, shown + wrong[:COLUMNS])
 

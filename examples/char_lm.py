@@ -16,10 +16,7 @@ import contextlib
 import copy
 import hashlib
 import io
-import json
-import os
 import platform
-import shlex
 import statistics
 import sys
 import sysconfig
@@ -28,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import _processes as processes
 import numpy as np
 import torch
 from _trainer import (
@@ -35,15 +33,16 @@ from _trainer import (
     Trainer,
     add_arguments,
     choose_device,
-    describe_device,
+    describe_environment,
     fail,
-    load_checkpoint,
     non_negative_float,
     positive_int,
     prepare_output,
+    print_device,
+    resume,
     run_main,
-    save_checkpoint,
     train,
+    write_json,
 )
 from matplotlib.figure import Figure
 from torch import Tensor, nn
@@ -182,14 +181,16 @@ class NextCharacterLoss:
         self.streams = streams
         self.sequence = sequence
         self.chunks = (len(streams) - 1) // sequence
+        self.columns = torch.arange(streams.shape[1], device=streams.device)
 
     def __call__(self, model: nn.Module, iteration: int, state: Any) -> tuple[Tensor, Any]:
         chunk = iteration % self.chunks
         if chunk == 0:
             state = None
-        tokens = self.streams[chunk * self.sequence : (chunk + 1) * self.sequence + 1]
+        mine, number = processes.shard(self.columns)
+        tokens = self.streams[chunk * self.sequence : (chunk + 1) * self.sequence + 1, mine]
         logits, state = model(tokens[:-1], state)
-        loss = cross_entropy(logits.flatten(0, 1), tokens[1:].flatten())
+        loss = processes.mean_over_all(cross_entropy(logits.flatten(0, 1), tokens[1:].flatten()), number)
         return loss, tuple(s.detach() for s in state) if isinstance(state, tuple) else state.detach()
 
 
@@ -327,7 +328,7 @@ def draw(path: Path, metrics: dict[str, Any], title: str) -> None:
 
 def write_results(folder: Path, metrics: dict[str, Any], title: str) -> None:
     draw(folder / "curves.png", metrics, title)
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+    write_json(folder / "metrics.json", metrics)
     with (folder / "samples.txt").open("w", encoding="utf-8") as file:
         for entry in metrics["samples"]:
             for name, text in entry["text"].items():
@@ -360,7 +361,7 @@ def explain(model: nn.Module, tokens: Tensor) -> str:
 
 
 def print_header(
-    corpus: Corpus, model: CharacterModel, args: argparse.Namespace, device: torch.device, choices: str, load: float
+    corpus: Corpus, model: CharacterModel, args: argparse.Namespace, device: torch.device, choices: str
 ) -> None:
     rare = f" ({corpus.rare} rare ones read as {RARE})" if corpus.rare else ""
     parameters = sum(p.numel() for p in model.parameters())
@@ -370,9 +371,7 @@ def print_header(
         f"training  {args.iterations} iterations of {args.batch} x {args.sequence} characters, Adam lr {args.lr:g},"
         f" clip {args.clip:g}, seed {args.seed}; twice, taking turns"
     )
-    print(f"device    {describe_device(device)}, torch {torch.__version__}, fastrnn {fastrnn.__version__}")
-    if device.type == "cpu" and load > torch.get_num_threads() / 2:
-        print(f"note      load average {load:.1f} at the start: programs that share the cores spoil the times below")
+    print_device(device)
     print("back end  " + choices.replace("\n", "\n" + " " * 10), end="\n\n")
 
 
@@ -382,7 +381,6 @@ def describe_model(args: argparse.Namespace) -> str:
 
 def main() -> int:
     args = parse_arguments()
-    load = os.getloadavg()[0]
     sys.stdout.reconfigure(line_buffering=True, errors="replace")
     device = choose_device(args.device)
     corpus = make_corpus(args.data, args.batch, args.sequence)
@@ -397,47 +395,30 @@ def main() -> int:
     except (ValueError, NotImplementedError) as error:
         fail(f"--backend {args.backend}: {error}")
     runs = {
-        "torch.nn": Trainer(model, compute_loss, lr=args.lr, clip=args.clip),
-        "fastrnn": Trainer(accelerated, compute_loss, lr=args.lr, clip=args.clip),
+        name: Trainer(each, compute_loss, lr=args.lr, clip=args.clip, parallel=args.parallel)
+        for name, each in (("torch.nn", model), ("fastrnn", accelerated))
     }
     settings = {name: getattr(args, name) for name in CURVE_OPTIONS} | {"data": corpus.digest}
-    checkpoint = args.output / "checkpoint.pt"
-    samples: list[dict[str, Any]] = []
+    state: dict[str, Any] = {"samples": []}
     if args.resume:
-        saved = load_checkpoint(checkpoint, settings)
-        samples = saved["samples"]
-        for name, run in runs.items():
-            run.load_state_dict(saved["runs"][name])
+        state = resume(runs, args.output, settings)
         reached = sorted(run.iteration for run in runs.values())
         if reached[0] == args.iterations or reached[1] > args.iterations:
             fail(f"--resume: the checkpoint is at iteration {reached[1]} already, go on with larger --iterations")
 
-    print_header(corpus, model, args, device, choices, load)
-    report = Report(runs, corpus, args, samples)
-
-    def save() -> None:
-        states = {name: run.state_dict() for name, run in runs.items()}
-        save_checkpoint(checkpoint, {"settings": settings, "runs": states, "samples": report.samples})
+    print_header(corpus, model, args, device, choices)
+    report = Report(runs, corpus, args, state["samples"])
 
     def pause(iteration: int) -> None:
         report.print_row(iteration)
         if iteration in report.sample_points:
             report.take_sample(iteration)
-            save()
 
     report.print_head()
-    if not train(runs, args.iterations, (*report.sample_points, *range(0, args.iterations, ROW_EVERY)), pause):
-        save()
-        command = shlex.join(["python", *(argument for argument in sys.argv if argument != "--resume"), "--resume"])
-        print(f"Stopped at iteration {runs['fastrnn'].iteration}; go on with: {command}")
+    pauses = (*report.sample_points, *range(0, args.iterations, ROW_EVERY))
+    if not train(runs, args.iterations, pauses, pause, folder=args.output, settings=settings, state=state):
         return 130
-    environment = {
-        "device": describe_device(device),
-        "torch": torch.__version__,
-        "fastrnn": fastrnn.__version__,
-        "load_average_at_start": load,
-        "back_end": choices,
-    }
+    environment = describe_environment(device) | {"back_end": choices}
     metrics = {"settings": settings, "environment": environment} | report.metrics()
     write_results(args.output, metrics, describe_model(args))
     print_summary(metrics, args.output)

