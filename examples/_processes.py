@@ -10,6 +10,7 @@ import copy
 import os
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -29,9 +30,17 @@ def started_by_torchrun() -> bool:
 def join() -> None:
     """Meet the other processes; from now on only the first one prints."""
     if started_by_torchrun() and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        # One that dies is noticed at once; one that has more to do, as in decode.py, may be waited for.
+        dist.init_process_group(backend, timeout=timedelta(days=1))
         if rank():
             sys.stdout = open(os.devnull, "w")
+
+
+def wait() -> None:
+    """Go on when all processes are here."""
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def leave() -> None:

@@ -51,7 +51,7 @@ def run_main(main: Callable[[], int]) -> NoReturn:
     except RuntimeError as error:
         if processes.count() == 1 or "onnection" not in str(error):  # what gloo and NCCL call a peer that is gone
             raise
-        fail("another process has died (see above); the last checkpoint is whole, go on from it with --resume", 1)
+        fail("another process has died; what is written is whole, go on from it (a training: with --resume)", 1)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes stdout as it leaves
         raise SystemExit(141) from None
@@ -394,7 +394,8 @@ def train(
         if done < iterations:
             save_checkpoint(folder, runs, settings, state)
     if done < iterations:
-        command = shlex.join(["python", *(argument for argument in sys.argv if argument != "--resume"), "--resume"])
+        program = ["torchrun", "--nproc-per-node", str(processes.count())] if processes.count() > 1 else ["python"]
+        command = shlex.join([*program, *(argument for argument in sys.argv if argument != "--resume"), "--resume"])
         print(f"Stopped at iteration {done}; go on with: {command}")
         return False
     if processes.rank():

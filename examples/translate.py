@@ -15,6 +15,7 @@ with a sentence, a tab and its translation in each line; what follows a second t
 import argparse
 import hashlib
 import json
+import os
 import random
 import statistics
 import sys
@@ -113,6 +114,15 @@ class Tokens:
         targets = self.target.encode_batch([target for _, target in pairs])
         target = pad([encoding.ids + [END] for encoding in targets], END)
         return Pairs(*self.encode([sentence for sentence, _ in pairs]), *target)
+
+
+def save_model(folder: Path, model: nn.Seq2Seq, tokens: Tokens) -> None:
+    """Write what decode.py takes."""
+    folder.mkdir(exist_ok=True)
+    tokens.source.save(str(folder / "source.json"))
+    tokens.target.save(str(folder / "target.json"))
+    model.save(folder / "model.tmp")
+    os.replace(folder / "model.tmp", folder / "model.pt")
 
 
 def train_tokenizer(texts: list[str], vocabulary: int) -> Tokenizer:
@@ -416,6 +426,8 @@ def main() -> int:
         "samples": samples,
     }
     write_json(args.output / "metrics.json", metrics)
+    for name, run in runs.items():
+        save_model(args.output / name, run.model, tokens[name])
     table = table_of(results, state["history"])
     (args.output / "table.md").write_text(table + "\n", encoding="utf-8")
     draw_alignments(args.output / "alignments.png", pictures)
@@ -427,7 +439,8 @@ def main() -> int:
         f"\nIn per cent of {len(corpus.parts['test']):,} sentences those right, and of their characters errors (CER):\n"
     )
     print(table)
-    print(f"\nWrote metrics.json, table.md, alignments.png, checkpoint.pt to {args.output}.")
+    files = ["metrics.json", "table.md", "alignments.png", "checkpoint.pt", *(f"{name}/model.pt" for name in runs)]
+    print(f"\nWrote {', '.join(files)} to {args.output}.")
     return 0
 
 
