@@ -91,9 +91,9 @@ def any_of(flag: bool) -> bool:
     """Whether the flag is set in any process."""
     if count() == 1:
         return flag
-    flags: list[Any] = [None] * count()
-    dist.all_gather_object(flags, flag)
-    return any(flags)
+    flags = torch.tensor(int(flag))
+    dist.all_reduce(flags)
+    return bool(flags)
 
 
 def gather_state(state: Any) -> Any:

@@ -261,8 +261,9 @@ class Seq2Seq(torch.nn.Module):
     Targets are token sequences without the begin token, with the end token that ends them, as search returns them.
 
     Args:
-        encoder: a :class:`TokenEncoder`, or any module that takes (source, lengths) and returns a memory [B, S, M] and
-            final states as a :class:`TokenEncoder` does.
+        encoder: a :class:`TokenEncoder`, or any module that takes (source, lengths), the source being whatever it
+            reads, such as pictures or frames of speech, and returns a memory [B, S, M] and final states as a
+            :class:`TokenEncoder` does.
         decoder: a :class:`TokenDecoder`.
         bridge: what the decoder starts from. ``"copy"``: the encoder's final states, the two directions of a layer
             side by side; ``"learned"``: h_0 = tanh(W h_n) and c_0 = V c_n of all layers together (Bahdanau et al. 2015,
@@ -317,9 +318,9 @@ class Seq2Seq(torch.nn.Module):
         return f"bridge={self.bridge!r}"
 
     def encode(self, source: Tensor, source_lengths: Tensor | None = None) -> tuple[Tensor, Any]:
-        """The memory [B, S, M] of a source [B, S], and the decoder's initial hidden states, or None for zeros."""
-        _check_tokens("source", source, 2)
-        _check_lengths("source_lengths", source_lengths, source.shape)
+        """The memory [B, S, M] of a source, and the decoder's initial hidden states, or None for zeros."""
+        self._check_source(source)
+        _check_lengths("source_lengths", source_lengths, source.shape[:2])
         memory, hidden = self.encoder(source, source_lengths)
         return memory, self._initial_hidden(hidden)
 
@@ -336,7 +337,7 @@ class Seq2Seq(torch.nn.Module):
         """Cross entropy of the targets, each token from those before it (teacher forcing).
 
         Args:
-            source: [B, S] integers.
+            source: [B, S] integers, or [B, S, ...] as an encoder of your own takes it.
             source_lengths: [B]: how many count; by default all.
             target: [B, T] integers, without the begin token and with the end token.
             target_lengths: [B]: how many count, the end token among them; by default all.
@@ -346,7 +347,7 @@ class Seq2Seq(torch.nn.Module):
         Raises:
             ValueError, TypeError: naming the argument, what was wanted and what came.
         """
-        _check_tokens("source", source, 2)
+        self._check_source(source)
         _check_tokens("target", target, 2)
         _check_lengths("target_lengths", target_lengths, target.shape)
         if target.shape[0] != source.shape[0]:
@@ -374,7 +375,7 @@ class Seq2Seq(torch.nn.Module):
         """Log-probabilities of given targets, one or several for each source.
 
         Args:
-            source: [B, S] integers.
+            source: [B, S] integers, or [B, S, ...] as an encoder of your own takes it.
             source_lengths: [B]: how many count; by default all.
             target: [B, T], or [B, n, T] as search returns it.
             target_lengths: [B], or [B, n]: how many count; by default all.
@@ -386,7 +387,7 @@ class Seq2Seq(torch.nn.Module):
         Raises:
             ValueError, TypeError: naming the argument, what was wanted and what came.
         """
-        _check_tokens("source", source, 2)
+        self._check_source(source)
         _check_tokens("target", target, 2, 3)
         _check_lengths("target_lengths", target_lengths, target.shape)
         if target.shape[0] != source.shape[0]:
@@ -417,7 +418,7 @@ class Seq2Seq(torch.nn.Module):
         """Targets for a source: greedily, by beam search, or drawn; see :func:`fastrnn.search.beam_search`.
 
         Args:
-            source: [B, S] integers.
+            source: [B, S] integers, or [B, S, ...] as an encoder of your own takes it.
             source_lengths: [B]: how many count; by default all.
             beam_size: 1 is greedy search.
             max_length, min_length: of a target, the end token counted; (a, b) means a * source length + b.
@@ -437,7 +438,7 @@ class Seq2Seq(torch.nn.Module):
         if prepared is None and (need_alignments or options.get("coverage_penalty")):
             raise ValueError("need_alignments and coverage_penalty need a decoder with attention")
         weighted = need_alignments or options.get("coverage_penalty") is not None
-        lengths = torch.full((len(source),), source.shape[1]) if source_lengths is None else source_lengths
+        lengths = torch.full((len(source),), memory.shape[1]) if source_lengths is None else source_lengths
         if source_lengths is not None:
             options.setdefault("source_lengths", source_lengths)
         options.setdefault("bos", decoder.bos)
@@ -455,6 +456,14 @@ class Seq2Seq(torch.nn.Module):
             need_alignments=need_alignments,
             **options,
         )
+
+    def _check_source(self, source: Any) -> None:
+        if isinstance(self.encoder, TokenEncoder):
+            _check_tokens("source", source, 2)
+        elif not isinstance(source, Tensor):
+            raise TypeError(f"source must be a torch.Tensor, got {type(source).__name__}")
+        elif source.dim() < 2:
+            raise ValueError(f"source must have at least 2 dimensions, got shape {tuple(source.shape)}")
 
     def _teacher_forced(
         self, source: Tensor, source_lengths: Tensor | None, target: Tensor, target_lengths: Tensor | None

@@ -596,6 +596,50 @@ def test_an_encoder_of_ones_own(bridge: str) -> None:
         module.save("nowhere")
 
 
+class Frames(nn.Module):
+    """Recurrent layers over frames [B, S, 3], as of speech."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = fastrnn.nn.LSTM(3, H, batch_first=True)
+
+    def forward(self, source: Tensor, lengths: Tensor | None) -> tuple[Tensor, Any]:
+        return self.layers(source, lengths=lengths)
+
+
+class Picture(nn.Module):
+    """A vector of each picture [B, 2, 5, 5]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(50, H))
+
+    def forward(self, source: Tensor, lengths: Tensor | None) -> tuple[Tensor, Any]:
+        vector = self.layers(source)
+        return vector.unsqueeze(1), vector.unsqueeze(0)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "shape", "lengths", "longest"), [(Frames, (4, 6, 3), LENGTHS, 12), (Picture, (4, 2, 5, 5), None, 2)]
+)
+def test_sources_that_are_no_tokens(
+    encoder: type[nn.Module], shape: tuple[int, ...], lengths: Tensor | None, longest: int
+) -> None:
+    """`longest`: twice the memory, which is what max_length=(2, 0) means."""
+    decoder = TokenDecoder(TARGETS, E, AttentionDecoder("lstm", E, H, DotAttention()), bos=BOS, eos=EOS)
+    module = Seq2Seq(encoder(), decoder, bridge="copy").eval()
+    source, (_, target) = torch.randn(shape), draw()
+    module.loss(source, lengths, target, TARGET_LENGTHS).backward()
+    assert all(parameter.grad is not None for parameter in module.encoder.parameters())
+    result = module.generate(source, lengths, beam_size=3, n_best=3, max_length=(2, 0), min_length=(2, 0))
+    assert result.lengths.max() == longest
+    torch.testing.assert_close(module.score(source, lengths, result.tokens, result.lengths), result.scores)
+    with pytest.raises(TypeError, match=r"source must be a torch.Tensor, got list"):
+        module.generate([[1]])
+    with pytest.raises(ValueError, match=r"source must have at least 2 dimensions, got shape \(3,\)"):
+        module.generate(torch.zeros(3))
+
+
 # Saving
 
 
