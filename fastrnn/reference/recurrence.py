@@ -16,11 +16,13 @@ from torch import Tensor
 class Cell(NamedTuple):
     """What distinguishes one cell from another, apart from its formula."""
 
-    gates: int  # G: rows of weight_hh are G*H, in torch's gate order
+    gates: int
+    """G: rows of weight_hh are G*H, in torch's gate order."""
     has_cell_state: bool
-    # Sizes, in units of H, of the groups of pre-activations that layer norm treats as one vector (Ba et al. 2016,
-    # arXiv 1607.06450, equations 20 to 29: LSTM all gates together; GRU r and z together, n on its own).
+    """Whether there is a c beside h."""
     norm_groups: tuple[int, ...]
+    """Sizes, in units of H, of the groups of pre-activations that layer norm treats as one vector (Ba et al. 2016,
+    arXiv 1607.06450, equations 20 to 29: LSTM all gates together; GRU r and z together, n on its own)."""
 
 
 CELLS = {
