@@ -118,7 +118,7 @@ def test_nothing_is_grafted_into_a_manylinux_wheel(built: tuple[Path, Path], tmp
     run(sys.executable, "-m", "auditwheel", "repair", "-w", ".", built[0], cwd=tmp_path, env={"PATH": path})
     (wheel,) = tmp_path.iterdir()
     assert "-manylinux_2_" in wheel.name
-    assert set(zipfile.ZipFile(wheel).namelist()) == set(zipfile.ZipFile(built[0]).namelist())
+    assert not any(".libs/" in name for name in zipfile.ZipFile(wheel).namelist())
 
 
 def test_builds_without_cuda_from_its_sdist(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ CELLS = {
 
 
 def layer_norm(x: Tensor, groups: Sequence[int], weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
-    """Layer norm over each group of the last dimension. x [.., n*H]; weight, bias [n*H]; groups in units of H."""
+    """Layer norm over groups of the last dimension, in units of H. x ``[.., n*H]``; weight, bias ``[n*H]``."""
     size = x.shape[-1] // sum(groups)
     parts = []
     for part in x.split([size * n for n in groups], dim=-1):
