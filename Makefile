@@ -117,7 +117,7 @@ $(INSTALLED): $(NATIVE) $(DEPENDENCIES)
 # Nothing is grafted into the wheel: auditwheel names the oldest glibc that it runs on. It looks for patchelf on PATH.
 dist/built: $(NATIVE) $(PURE) $(DEPENDENCIES) README.md LICENSE MANIFEST.in
 	rm -rf dist
-	$(PY) -m build --no-isolation --sdist --wheel
+	$(PY) -m build --no-isolation --skip-dependency-check --sdist --wheel
 	PATH=$(abspath $(dir $(PY))):$$PATH $(PY) -m auditwheel repair -w dist dist/*-linux_*.whl
 	rm dist/*-linux_*.whl
 	touch $@
