@@ -1,4 +1,4 @@
-# make demo, test, bench or wheel does all its set-up; a second run only what changed.
+# make demo, test, bench, docs or wheel does all its set-up; a second run only what changed.
 # PYTHON=/path/to/python takes a ready interpreter instead of .venv: offline, nothing but fastrnn itself is installed.
 # ARGS="..." goes to the demo, or as options to pytest.
 # make gpu is for a machine with a GPU: with its own python3 it builds, tests, checks and measures in GPU_SECONDS.
@@ -16,7 +16,6 @@ PY := $(PYTHON)
 DEPENDENCIES := pyproject.toml
 INSTALLED := build/installed-$(subst /,-,$(PYTHON))
 BENCH_READY := $(INSTALLED)
-WHEEL_FLAGS := --no-build-isolation --no-index
 else
 PY := .venv/bin/python
 DEPENDENCIES := .venv/dependencies
@@ -33,7 +32,7 @@ GPU_PARTS := gpu-test gpu-attention gpu-search gpu-exchange gpu-sanitize gpu-ben
 OPERATORS := tests/ops tests/nn tests/reference tests/search
 TEST_PARTS := test-operators test-rest
 
-.PHONY: demo test $(TEST_PARTS) lint bench wheel clean gpu gpu-build $(GPU_PARTS)
+.PHONY: demo test $(TEST_PARTS) lint bench docs wheel clean gpu gpu-build $(GPU_PARTS)
 
 demo: $(INSTALLED)
 	$(PY) examples/char_lm.py $(ARGS)
@@ -56,6 +55,11 @@ lint: $(INSTALLED)
 bench: $(BENCH_READY)
 	$(PY) -m pytest bench --benchmark-only -q
 	$(PY) -m bench.report
+
+# The modules that repeat what their package shows are left out.
+docs: $(INSTALLED)
+	$(PY) -m pdoc -o build/docs -t docs/templates -d google fastrnn fastrnn.ops fastrnn.reference \
+	  '!fastrnn.explain' '!fastrnn\.(ops|reference|search)\..*'
 
 # Every part runs, also after one that failed. The suites come last and get the time that is left.
 gpu:
@@ -99,7 +103,7 @@ clean:
 # torch by its exact version first: left to the package's own requirement, pip would take the newest.
 .venv/dependencies: pyproject.toml requirements-test.txt | .venv/bin/python
 	$(PY) -m pip install -q -r requirements-test.txt
-	FASTRNN_NO_EXT=1 $(PY) -m pip install -q --no-build-isolation -e '.[test,examples]'
+	FASTRNN_NO_EXT=1 $(PY) -m pip install -q --no-build-isolation -e '.[test,docs,examples]'
 	touch $@
 
 $(INSTALLED): $(NATIVE) $(DEPENDENCIES)
@@ -110,7 +114,10 @@ $(INSTALLED): $(NATIVE) $(DEPENDENCIES)
 	$(PY) -m pip install -q --no-build-isolation -e '.[bench]'
 	touch $@
 
-dist/built: $(NATIVE) $(PURE) pyproject.toml README.md LICENSE $(if $(PYTHON),,| .venv/bin/python)
+# Nothing is grafted into the wheel: auditwheel names the oldest glibc that it runs on. It looks for patchelf on PATH.
+dist/built: $(NATIVE) $(PURE) $(DEPENDENCIES) README.md LICENSE MANIFEST.in
 	rm -rf dist
-	$(PY) -m pip wheel -q $(WHEEL_FLAGS) --no-deps -w dist .
+	$(PY) -m build --no-isolation --skip-dependency-check --sdist --wheel
+	PATH=$(abspath $(dir $(PY))):$$PATH $(PY) -m auditwheel repair -w dist dist/*-linux_*.whl
+	rm dist/*-linux_*.whl
 	touch $@

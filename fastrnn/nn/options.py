@@ -98,6 +98,7 @@ class WithOptions(torch.nn.Module):
         return draw_seed() if self.training and self.zoneout > 0 else None
 
     def reset_parameters(self) -> None:
+        """As torch.nn's; layer norms begin with weight 1 and bias 0, and a forget bias is set."""
         super().reset_parameters()  # type: ignore[misc]
         with torch.no_grad():
             for name, parameter in self.named_parameters(recurse=False):

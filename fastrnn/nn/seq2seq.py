@@ -73,8 +73,10 @@ class TokenEncoder(torch.nn.Module):
 class RecurrentState(NamedTuple):
     """What a decoder without attention carries from step to step; the first dimension is that of the sequences."""
 
-    hidden: Tensor  # [N, num_layers, hidden_size]
-    cell: Tensor | None  # the same, LSTM
+    hidden: Tensor
+    """[N, num_layers, hidden_size]."""
+    cell: Tensor | None
+    """The same, LSTM."""
 
 
 class TokenDecoder(torch.nn.Module):
@@ -152,7 +154,7 @@ class TokenDecoder(torch.nn.Module):
         return self.layers.hidden_size + (self.rnn.memory_size if isinstance(self.rnn, AttentionDecoder) else 0)
 
     def prepare(self, memory: Tensor, lengths: Tensor | None) -> PreparedMemory | None:
-        """What attention makes of the memory alone; None without attention."""
+        """What attention makes of the memory [B, S, M] alone, of which lengths [B] count; None without attention."""
         return self.rnn.attention.prepare(memory, lengths) if isinstance(self.rnn, AttentionDecoder) else None
 
     def initial_state(self, hidden: Any, memory: Tensor, beams: int = 1) -> DecoderState | RecurrentState:
@@ -236,7 +238,7 @@ class TokenDecoder(torch.nn.Module):
         return Runner(step) if step.is_possible() else None
 
     def logits(self, output: Tensor) -> Tensor:
-        """Of the next token [.., V], from outputs of the layers [.., output_size]."""
+        """Of the next token [.., V], from an output of the layers [.., output_size]."""
         if self.readout is not None:
             output = torch.tanh(linear(output, self.readout.weight))
         output = F.dropout(output, self.dropout, self.training)
@@ -318,7 +320,8 @@ class Seq2Seq(torch.nn.Module):
         return f"bridge={self.bridge!r}"
 
     def encode(self, source: Tensor, source_lengths: Tensor | None = None) -> tuple[Tensor, Any]:
-        """The memory [B, S, M] of a source, and the decoder's initial hidden states, or None for zeros."""
+        """The memory [B, S, M] of a source [B, S], of which source_lengths [B] count, and the decoder's initial hidden
+        states, or None for zeros."""
         self._check_source(source)
         _check_lengths("source_lengths", source_lengths, source.shape[:2])
         memory, hidden = self.encoder(source, source_lengths)

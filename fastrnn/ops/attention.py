@@ -47,7 +47,7 @@ def attention(
         query: [N, Tq, D], or [N, D] for one query each.
         keys: [B, Tk, D]; with the score ``"general"`` [B, Tk, Dk].
         values: [B, Tk, Dv]; the keys by default.
-        score: ``"dot"``, e_ts = <q_t, k_s>; ``"scaled_dot"``, that divided by the root of D (Vaswani et al. 2017,
+        score: ``"dot"``, e_ts = ``<q_t, k_s>``; ``"scaled_dot"``, that divided by the root of D (Vaswani et al. 2017,
             arXiv 1706.03762); ``"general"``, q_t W k_s (Luong et al. 2015, arXiv 1508.04025); ``"additive"``,
             v . tanh(q_t + k_s), of queries and keys that are projected already (Bahdanau et al. 2015, arXiv 1409.0473);
             ``"location"``, v . tanh(q_t + k_s + F f_ts) (Chorowski et al. 2015, arXiv 1506.07503; with the coverage as

@@ -46,7 +46,7 @@ def recurrence(
     Args:
         cell: ``"rnn_tanh"``, ``"rnn_relu"``, ``"lstm"`` or ``"gru"``.
         gates_x: [T, B, G*H], W_ih x + b_ih for all steps.
-        weight_hh, bias_hh: [G*H, P] and [G*H].
+        weight_hh, bias_hh: ``[G*H, P]`` and ``[G*H]``.
         h0, c0: [B, P] and [B, H] (LSTM); zero by default.
         lengths: [B] integers in 0..T. Steps t >= lengths[b] leave the state of sequence b alone and output zeros.
         resets: [T, B] bool. Where true, the state before step t is zero, and no gradient passes.
@@ -125,7 +125,7 @@ def recurrent_layer(
 
     Args:
         x: [T, B, I], or [N, I] with ``batch_sizes``.
-        weight_ih, bias_ih: [G*H, I] and [G*H].
+        weight_ih, bias_ih: ``[G*H, I]`` and ``[G*H]``.
         batch_sizes: [T] int64 on the CPU, as in a ``PackedSequence``: x, h0, c0 and all results hold their sequences
             longest first, and steps past a sequence's end do not exist.
         layer_norm_ih: weight and bias [G*H] of the layer norm of W_ih x.

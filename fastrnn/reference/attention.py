@@ -40,7 +40,7 @@ def attention_scores(
 ) -> Tensor:
     """e [B, Tq, Tk].
 
-    Without v the inner product, e_ts = scale <q_t, k_s> (Luong et al. 2015, arXiv 1508.04025). With v the additive
+    Without v the inner product, e_ts = scale ``<q_t, k_s>`` (Luong et al. 2015, arXiv 1508.04025). With v the additive
     score, e_ts = v . tanh(q_t + k_s) (Bahdanau et al. 2015, arXiv 1409.0473), or, with features of each pair such as
     a convolution over previous weights, e_ts = v . tanh(q_t + k_s + F f_ts) (Chorowski et al. 2015, arXiv 1506.07503).
     """

@@ -16,11 +16,13 @@ from torch import Tensor
 class Cell(NamedTuple):
     """What distinguishes one cell from another, apart from its formula."""
 
-    gates: int  # G: rows of weight_hh are G*H, in torch's gate order
+    gates: int
+    """G: rows of weight_hh are G*H, in torch's gate order."""
     has_cell_state: bool
-    # Sizes, in units of H, of the groups of pre-activations that layer norm treats as one vector (Ba et al. 2016,
-    # arXiv 1607.06450, equations 20 to 29: LSTM all gates together; GRU r and z together, n on its own).
+    """Whether there is a c beside h."""
     norm_groups: tuple[int, ...]
+    """Sizes, in units of H, of the groups of pre-activations that layer norm treats as one vector (Ba et al. 2016,
+    arXiv 1607.06450, equations 20 to 29: LSTM all gates together; GRU r and z together, n on its own)."""
 
 
 CELLS = {
@@ -32,7 +34,7 @@ CELLS = {
 
 
 def layer_norm(x: Tensor, groups: Sequence[int], weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
-    """Layer norm over each group of the last dimension. x [.., n*H]; weight, bias [n*H]; groups in units of H."""
+    """Layer norm over groups of the last dimension, in units of H. x ``[.., n*H]``; weight, bias ``[n*H]``."""
     size = x.shape[-1] // sum(groups)
     parts = []
     for part in x.split([size * n for n in groups], dim=-1):

@@ -33,11 +33,16 @@ class Shared:
 class BeamResult(NamedTuple):
     """What a search has found, best first."""
 
-    tokens: Tensor  # [B, n_best, L] int64: without the begin token, with the end token that ended them, then pad
-    lengths: Tensor  # [B, n_best] int64, the end token counted; 0 where there is no such hypothesis
-    scores: Tensor  # [B, n_best]: sums of log-probabilities under the length penalty; -inf where there is none
-    log_probs: Tensor  # [B, n_best, L]: of each token, 0 behind the length
-    alignments: Tensor | None  # [B, n_best, L, S]: attention's weights as each token was made, 0 behind the length
+    tokens: Tensor
+    """[B, n_best, L] int64: without the begin token, with the end token that ended them, then pad."""
+    lengths: Tensor
+    """[B, n_best] int64, the end token counted; 0 where there is no such hypothesis."""
+    scores: Tensor
+    """[B, n_best], sums of log-probabilities under the length penalty; -inf where there is none."""
+    log_probs: Tensor
+    """[B, n_best, L], of each token, 0 behind the length."""
+    alignments: Tensor | None
+    """[B, n_best, L, S], attention's weights as each token was made, 0 behind the length."""
 
 
 def expand(state: Any, beams: int, dim: int = 0) -> Any:

@@ -63,7 +63,7 @@ LARGEST_EXPONENT = 87.0
 
 
 def key_factors(keys: Tensor) -> Tensor:
-    """e^{2k} as float32, by which tanh(q + k) = 1 - 2 / (1 + e^{2q} e^{2k}) needs no exponential for each pair.
+    """e^{2k} of keys [B, Tk, D] in float32: tanh(q + k) = 1 - 2 / (1 + e^{2q} e^{2k}) needs no exponential per pair.
 
     NaN, which sends kernels to tanh itself, where a factor would over- or underflow.
     """
