@@ -1,6 +1,6 @@
 # make demo, test, bench or wheel does all its set-up; a second run only what changed.
 # PYTHON=/path/to/python takes a ready interpreter instead of .venv: offline, nothing but fastrnn itself is installed.
-# ARGS="..." goes to the demo, or as options to pytest.
+# ARGS="..." goes to the demo or the benchmarks, or as options to pytest.
 # make gpu is for a machine with a GPU: with its own python3 it builds, tests, checks and measures in GPU_SECONDS.
 
 SHELL := bash
@@ -54,8 +54,7 @@ lint: $(INSTALLED)
 	$(PY) -m mypy
 
 bench: $(BENCH_READY)
-	$(PY) -m pytest bench --benchmark-only -q
-	$(PY) -m bench.report
+	$(PY) -m bench $(ARGS)
 
 # Every part runs, also after one that failed. The suites come last and get the time that is left.
 gpu:
