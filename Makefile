@@ -1,6 +1,6 @@
 # make demo, test, bench, docs or wheel does all its set-up; a second run only what changed.
 # PYTHON=/path/to/python takes a ready interpreter instead of .venv: offline, nothing but fastrnn itself is installed.
-# ARGS="..." goes to the demo, or as options to pytest.
+# ARGS="..." goes to the demo or the benchmarks, or as options to pytest.
 # make gpu is for a machine with a GPU: with its own python3 it builds, tests, checks and measures in GPU_SECONDS.
 
 SHELL := bash
@@ -53,8 +53,7 @@ lint: $(INSTALLED)
 	$(PY) -m mypy
 
 bench: $(BENCH_READY)
-	$(PY) -m pytest bench --benchmark-only -q
-	$(PY) -m bench.report
+	$(PY) -m bench $(ARGS)
 
 # The modules that repeat what their package shows are left out.
 docs: $(INSTALLED)

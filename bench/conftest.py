@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from tqdm import tqdm
 
 from bench import machine, results
+from bench.gpu.report import progress
 from bench.peers import THREADS
 from bench.registry import AnyCase
 
@@ -30,8 +32,8 @@ def seconds() -> float:
 
 
 @pytest.fixture(scope="session")
-def record(threads: int) -> Record:
-    """Writes a row at once, so that an interrupted run keeps what it has measured."""
+def record(threads: int, pytestconfig: pytest.Config) -> Record:
+    """Writes a row at once, so that an interrupted run keeps what it has measured, and says what it is."""
     name = machine.machine()
     path = results.folder() / f"{name}.json"
     run_id = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
@@ -46,5 +48,7 @@ def record(threads: int) -> Record:
     def write(case: AnyCase, row: dict[str, Any]) -> None:
         data = results.load(path) if path.exists() else {"machine": name, "runs": {}, "rows": {}}
         results.save(path, results.merge(data, run_id, run, case, row))
+        with pytestconfig.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+            tqdm.write(progress(case.id, row))
 
     return write

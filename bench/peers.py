@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from bench.registry import DTYPES, GATES, VARIANTS, Case
+from bench.registry import DTYPES, GATES, VARIANTS, Case, SizedCase
 from fastrnn import reference
 from fastrnn.nn.options import draw_seed
 from fastrnn.ops.dropout import dropout
@@ -556,11 +556,13 @@ DEFAULT_VARIANT_PEERS = [name for name in PEERS if name != "compiled_loop"]
 
 def chosen_peers(case: Case) -> list[str]:
     """The peers named by FASTRNN_BENCH_PEERS (fastrnn and torch always); by default all, but for the Python loops of
-    plain cells and the compiled loops.
+    plain cells and the compiled loops, and torch alone where costs are drawn against sizes.
 
     Raises ValueError where that variable names an unknown peer.
     """
     chosen = os.environ.get("FASTRNN_BENCH_PEERS")
+    if chosen is None and isinstance(case, SizedCase):
+        return ["fastrnn", "torch"]
     if chosen is None:
         return DEFAULT_PEERS if case.variant is None else DEFAULT_VARIANT_PEERS
     names = [name.strip() for name in chosen.split(",") if name.strip()]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -137,15 +136,27 @@ class Case:
         return "weights" if self.size.batch == 1 else "arithmetic"
 
 
-def plain_cases() -> list[Case]:
-    sequences = [
+@dataclass(frozen=True)
+class SizedCase(Case):
+    """A case whose `shape` is B x T x I x H, as "16x64x256x256"."""
+
+    @property
+    def size(self) -> Shape:
+        return Shape(*map(int, self.shape.split("x")))
+
+
+def sequence_cases() -> list[Case]:
+    return [
         Case(cell, shape, mode, dtype)
         for shape in SHAPES
         for cell in GATES
         for dtype in CPU_DTYPES
         for mode in ("forward", "training")
     ]
-    return sequences + [Case(cell, shape, "step") for shape in STEP_SHAPES for cell in GATES]
+
+
+def step_cases() -> list[Case]:
+    return [Case(cell, shape, "step") for shape in STEP_SHAPES for cell in GATES]
 
 
 def variant_cases() -> list[Case]:
@@ -158,8 +169,27 @@ def variant_cases() -> list[Case]:
     ]
 
 
-def all_cases() -> list[Case]:
-    return plain_cases() + variant_cases()
+MIDDLE = Shape(16, 64, 256, 256)
+# What the time is drawn against: one size varies, the others are those of MIDDLE.
+SCALING = {
+    "T": {steps: MIDDLE._replace(steps=steps) for steps in (4, 16, 64, 256, 1024)},
+    "B": {batch: MIDDLE._replace(batch=batch) for batch in (1, 4, 16, 64, 256)},
+    "H": {size: MIDDLE._replace(input_size=size, hidden_size=size) for size in (64, 128, 256, 512, 1024)},
+}
+
+
+def scaling_case(cell: str, shape: Shape, mode: str) -> SizedCase:
+    return SizedCase(cell, "x".join(map(str, shape)), mode)
+
+
+def scaling_cases() -> list[SizedCase]:
+    shapes = dict.fromkeys(shape for line in SCALING.values() for shape in line.values())
+    return [
+        scaling_case(cell, shape, mode)
+        for shape in shapes
+        for cell in ("lstm", "gru")
+        for mode in ("forward", "training")
+    ]
 
 
 @dataclass(frozen=True)
@@ -182,7 +212,13 @@ class AttentionCase:
     factors: bool = False  # e^{2k} was prepared
     heads: int = 1
     baseline: None = None
+    dtype: str = "fp32"
     eps: float = torch.finfo(torch.float32).eps
+
+    @property
+    def shape(self) -> str:
+        """What --shapes calls it."""
+        return self.id.partition("-")[2]
 
     @property
     def bound(self) -> str:
@@ -260,7 +296,13 @@ class SearchCase:
     attention: bool = True
     steps: int = 40
     baseline: None = None
+    dtype: str = "fp32"
     eps: float = torch.finfo(torch.float32).eps
+
+    @property
+    def shape(self) -> str:
+        """What --shapes calls it."""
+        return self.id.partition("-")[2]
 
     @property
     def bound(self) -> str:
@@ -299,12 +341,33 @@ SEARCH_CASES = [
 ]
 
 
-def chosen(cases: Sequence[Case]) -> list[Case]:
-    """These cases, or those of the shapes in FASTRNN_BENCH_SHAPES=a,c; ValueError where it names an unknown shape."""
-    shapes = os.environ.get("FASTRNN_BENCH_SHAPES")
-    known = [*SHAPES, *STEP_SHAPES]
-    names = known if shapes is None else [name.strip() for name in shapes.split(",") if name.strip()]
+SUITES: dict[str, Sequence[AnyCase]] = {
+    "recurrence": sequence_cases(),
+    "steps": step_cases(),
+    "variants": variant_cases(),
+    "attention": ATTENTION_CASES,
+    "search": SEARCH_CASES,
+    "scaling": scaling_cases(),
+}
+
+
+def all_cases() -> list[AnyCase]:
+    return [case for cases in SUITES.values() for case in cases]
+
+
+def chosen(suites: str | None, shapes: str | None) -> list[AnyCase]:
+    """The cases of these suites and shapes, names with commas between them; None stands for all.
+
+    Raises ValueError for a name that does not exist, or that none of these suites has.
+    """
+    cases = [case for suite in _names("--suite", suites, SUITES) for case in SUITES[suite]]
+    names = _names("--shapes", shapes, dict.fromkeys(case.shape for case in cases))
+    return [case for case in cases if case.shape in names]
+
+
+def _names(option: str, given: str | None, known: Iterable[str]) -> list[str]:
+    names = list(known) if given is None else given.split(",")
     for name in names:
         if name not in known:
-            raise ValueError(f"FASTRNN_BENCH_SHAPES must name shapes out of {', '.join(known)}, got {name!r}")
-    return [case for case in cases if case.shape in names]
+            raise ValueError(f"{option} must name some of {', '.join(known)}, got {name!r}")
+    return names

@@ -1,37 +1,38 @@
-"""Tables and pictures of bench/results/*.json.
+"""Tables and figures of bench/results/*.json.
 
-python -m bench.report                    write bench/report/ and the tables in README.md and docs/variants.md
-python -m bench.report --check            fail where one of these is not what the results give
-python -m bench.report --compare OLD      an earlier results file beside the present one of the same machine
-python -m bench.report --compare OLD NEW
+python -m bench.report                write bench/report/<machine>.html and the tables in README.md and docs/variants.md
+python -m bench.report --check        fail where one of these tables is not what the results give
+python -m bench.report --compare OLD  with an earlier results file beside the present one of the same machine
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bench import results
+from bench import figures, results
 from bench.gpu import report as gpu
 from bench.machine import ROOT
+from bench.page import page
 from bench.registry import (
-    ATTENTION_CASES,
     DTYPES,
     GATES,
-    SEARCH_CASES,
+    MIDDLE,
+    SCALING,
     SHAPES,
-    STEP_SHAPES,
+    SUITES,
     VARIANT_SHAPE,
     VARIANTS,
     AnyCase,
+    AttentionCase,
     Case,
-    all_cases,
-    plain_cases,
-    variant_cases,
+    SearchCase,
+    scaling_case,
 )
 from bench.tables import markdown, three
 
@@ -52,10 +53,14 @@ NAMES = {
     "loop": "Python loop",
     "compiled_loop": "compiled loop",
 }
+EXPLANATION = """
+A time is the median over the rounds; "×" is a peer's time over fastrnn's, more than 1 where fastrnn is faster.
+"Of limit" is fastrnn's share of what the machine can do, measured in the same rounds: its rate of FMA on registers,
+or at B = 1 that of reading the weights over and over. bench/README.md says how all of it is measured.
+""".strip()
 # Rows where others had more than this share of the CPUs are named: torch.nn then takes up to a hundred times longer.
 NEIGHBOURS_ALLOWED = 0.05
 Row = dict[str, Any]
-Maker = Callable[[dict[str, Row], str], str | None]
 
 
 def _backend(rows: Iterable[Row | None]) -> str:
@@ -82,24 +87,44 @@ def _compared(rows: Iterable[Row | None]) -> list[str]:
     return [peer for peer in NAMES if peer in present]
 
 
-def _pairs(cases: Mapping[str, Case], rows: dict[str, Row]) -> dict[str, list[Row | None]]:
-    """By label: the case's rows in modes forward and training, where there is one of them."""
+def label_of(case: AnyCase) -> str:
+    """How tables and figures call a case."""
+    if isinstance(case, AttentionCase):
+        batch = f"{case.memories} × {case.beams}" if case.beams > 1 else f"{case.memories}"
+        return f"{case.title} {batch}, {case.queries}, {case.keys}, {case.size}"
+    if isinstance(case, SearchCase):
+        return case.title
+    if case.variant:
+        return f"{case.cell.upper()}, {VARIANTS[case.variant].title}"
+    if case.mode == "step":
+        return f"{case.cell.upper()}Cell {case.size.batch}, {case.size.input_size}, {case.size.hidden_size}"
+    return f"{case.cell.upper()} {', '.join(map(str, case.size))}"
+
+
+def _cases(suite: str, **wanted: str) -> list[Any]:
+    """The suite's cases with these properties, cell by cell."""
+    cases = [case for case in SUITES[suite] if all(getattr(case, name) == value for name, value in wanted.items())]
+    return sorted(cases, key=lambda case: list(GATES).index(case.cell) if isinstance(case, Case) else 0)
+
+
+def _measured(suite: str, rows: dict[str, Row], **wanted: str) -> list[tuple[Any, Row]]:
+    """These cases with their rows, where there are some."""
+    return [(case, rows[case.id]) for case in _cases(suite, **wanted) if case.id in rows]
+
+
+def _pairs(suite: str, rows: dict[str, Row], dtype: str) -> dict[str, list[Row | None]]:
+    """By label: the rows in modes forward and training, where there is one of them."""
     lines = {}
-    for label, case in cases.items():
+    for case in _cases(suite, dtype=dtype):
         pair = [rows.get(replace(case, mode=mode).id) for mode in ("forward", "training")]
         if any(pair):
-            lines[f"{label}{_backend(pair)}"] = pair
+            lines[f"{label_of(case)}{_backend(pair)}"] = pair
     return lines
 
 
-def sequence_table(rows: dict[str, Row], dtype: str) -> str | None:
+def sequence_table(rows: dict[str, Row], dtype: str, suite: str = "recurrence") -> str | None:
     """Whole sequences, forward and training, a line for each cell and shape."""
-    cases = {
-        f"{cell.upper()} {', '.join(map(str, shape))}": Case(cell, name, "forward", dtype)
-        for cell in GATES
-        for name, shape in SHAPES.items()
-    }
-    lines = _pairs(cases, rows)
+    lines = _pairs(suite, rows, dtype)
     if not lines:
         return None
     forward, training = (_compared(pair[mode] for pair in lines.values()) for mode in (0, 1))
@@ -114,14 +139,14 @@ def sequence_table(rows: dict[str, Row], dtype: str) -> str | None:
     )
 
 
+def scaling_table(rows: dict[str, Row], dtype: str) -> str | None:
+    """The same of the shapes that costs are drawn against."""
+    return sequence_table(rows, dtype, "scaling")
+
+
 def variant_table(rows: dict[str, Row], dtype: str) -> str | None:
     """The variants, forward and training: our median, over that of the plain cell, and the peers' over ours."""
-    cases = {
-        f"{cell.upper()}, {variant.title}": Case(cell, VARIANT_SHAPE, "forward", dtype, name)
-        for cell in GATES
-        for name, variant in VARIANTS.items()
-    }
-    lines = _pairs(cases, rows)
+    lines = _pairs("variants", rows, dtype)
     if not lines:
         return None
     header = [f"{dtype}; B, T, I, H = {', '.join(map(str, SHAPES[VARIANT_SHAPE]))}"]
@@ -142,10 +167,7 @@ def _cost(row: Row | None) -> str:
 def step_table(rows: dict[str, Row], dtype: str) -> str | None:
     """Single calls of the cells."""
     lines = {
-        f"{cell.upper()}Cell {shape.batch}, {shape.input_size}, {shape.hidden_size}{_backend([row])}": row
-        for cell in GATES
-        for name, shape in STEP_SHAPES.items()
-        if (row := rows.get(Case(cell, name, "step", dtype).id))
+        f"{label_of(case)}{_backend([row])}": row for case in _cases("steps", dtype=dtype) if (row := rows.get(case.id))
     }
     if not lines:
         return None
@@ -156,41 +178,34 @@ def step_table(rows: dict[str, Row], dtype: str) -> str | None:
     )
 
 
-def attention_table(rows: dict[str, Row]) -> str | None:
+def attention_table(rows: dict[str, Row], dtype: str) -> str | None:
     """Attention: our median, torch's operators and the tiled memory over it, and the share of the reading bandwidth."""
-    lines = [(case, rows[case.id]) for case in ATTENTION_CASES if case.id in rows]
-    if not lines:
-        return None
+    body = []
+    for case, row in _measured("attention", rows, dtype=dtype):
+        rate = f"{row['gbytes']:.0f}" if "gbytes" in row else "–"
+        label = f"{case.title}{_backend([row])}{label_of(case).removeprefix(case.title)}"
+        body.append([label, *_times(row, ["torch", "tiled"]), rate, _fraction(row)])
     header = [
-        "attention, fp32; B × beams, Tq, Tk, D",
+        f"attention, {dtype}; B × beams, Tq, Tk, D",
         "ms",
         "torch's operators ×",
         "tiled memory ×",
         "GB/s",
         "of limit",
     ]
-    body = []
-    for case, row in lines:
-        batch = f"{case.memories} × {case.beams}" if case.beams > 1 else f"{case.memories}"
-        label = f"{case.title}{_backend([row])} {batch}, {case.queries}, {case.keys}, {case.size}"
-        rate = f"{row['gbytes']:.0f}" if "gbytes" in row else "–"
-        body.append([label, *_times(row, ["torch", "tiled"]), rate, _fraction(row)])
-    return markdown(header, body)
+    return markdown(header, body) if body else None
 
 
-def search_table(rows: dict[str, Row]) -> str | None:
+def search_table(rows: dict[str, Row], dtype: str) -> str | None:
     """Search: our median, torch's operators over it, and what is not the model's own work."""
-    lines = [(case, rows[case.id]) for case in SEARCH_CASES if case.id in rows]
-    if not lines:
-        return None
     body = []
-    for case, row in lines:
+    for case, row in _measured("search", rows, dtype=dtype):
         label = f"{case.title}{_backend([row])}" if row["backend"] else case.title
         rate = f"{row['gbytes']:.0f}" if "gbytes" in row else "–"
         time, ratio, of_model, of_live = _times(row, ["torch", "model", "live"])
         body.append([label, time, ratio, rate, of_model, of_live])
-    header = ["search, fp32, 5 beams", "ms", "torch's operators ×", "GB/s", "model alone ×", "live steps alone ×"]
-    return markdown(header, body)
+    header = [f"search, {dtype}, 5 beams", "ms", "torch's operators ×", "GB/s", "model alone ×", "live steps alone ×"]
+    return markdown(header, body) if body else None
 
 
 def provenance(data: dict[str, Any]) -> str:
@@ -204,18 +219,29 @@ def provenance(data: dict[str, Any]) -> str:
     return f"{device}; {packages}; measured at {', '.join(commits)}.{warning}"
 
 
-def _of(data: dict[str, Any], cases: Iterable[AnyCase]) -> dict[str, Any]:
-    """The results of these cases only."""
-    rows = {case.id: data["rows"][case.id] for case in cases if case.id in data["rows"]}
+def _of(data: dict[str, Any], suites: Iterable[str]) -> dict[str, Any]:
+    """The results of these suites only."""
+    rows = {case.id: data["rows"][case.id] for name in suites for case in SUITES[name] if case.id in data["rows"]}
     used = {row["run"] for row in rows.values()}
     return data | {"rows": rows, "runs": {id: run for id, run in data["runs"].items() if id in used}}
 
 
-def _tables(files: Sequence[dict[str, Any]], cases: Sequence[Case], makers: Sequence[Maker]) -> str:
+# By suite, of the rows of one dtype; None where there are none.
+TABLES: dict[str, Callable[[dict[str, Row], str], str | None]] = {
+    "recurrence": sequence_table,
+    "steps": step_table,
+    "variants": variant_table,
+    "attention": attention_table,
+    "search": search_table,
+    "scaling": scaling_table,
+}
+
+
+def _tables(files: Sequence[dict[str, Any]], suites: Sequence[str]) -> str:
     parts = []
-    for data in (_of(data, cases) for data in files):
+    for data in (_of(data, suites) for data in files):
         if data["rows"]:
-            tables = [maker(data["rows"], dtype) for dtype in DTYPES for maker in makers]
+            tables = [TABLES[suite](data["rows"], dtype) for dtype in DTYPES for suite in suites]
             parts += [provenance(data), *(table for table in tables if table)]
     return "\n\n".join(parts) if parts else "No results yet: `make bench` measures them."
 
@@ -223,17 +249,16 @@ def _tables(files: Sequence[dict[str, Any]], cases: Sequence[Case], makers: Sequ
 def readme_table(files: Sequence[dict[str, Any]]) -> str:
     """What stands between README.md's markers."""
     cpus = [data for data in files if not gpu.is_gpu(data)]
-    parts = [_tables(cpus, plain_cases(), [sequence_table, step_table])]
-    for cases, maker in ((ATTENTION_CASES, attention_table), (SEARCH_CASES, search_table)):
-        for data in (_of(data, cases) for data in cpus):
-            if table := maker(data["rows"]):
-                parts += [provenance(data), table]
+    parts = [_tables(cpus, ["recurrence", "steps"])]
+    parts += [
+        _tables([data], [suite]) for suite in ("attention", "search") for data in cpus if _of(data, [suite])["rows"]
+    ]
     return "\n\n".join([*parts, *(gpu.summary(data) for data in files if gpu.is_gpu(data))])
 
 
 def variants_page_table(files: Sequence[dict[str, Any]]) -> str:
     """What stands between the markers of docs/variants.md."""
-    return _tables([data for data in files if not gpu.is_gpu(data)], variant_cases(), [variant_table])
+    return _tables([data for data in files if not gpu.is_gpu(data)], ["variants"])
 
 
 def with_table(text: str, table: str, page: str) -> str:
@@ -245,7 +270,36 @@ def with_table(text: str, table: str, page: str) -> str:
     return f"{head}{BEGIN}\n{table}\n{END}{tail}"
 
 
-def details(data: dict[str, Any]) -> str:
+def _figures(suite: str, rows: dict[str, Row]) -> list[str]:
+    if suite == "scaling":
+        return cost_figures(rows)
+    groups: dict[str, dict[str, Row]] = {}
+    for case, row in _measured(suite, rows):
+        title = f"{case.mode}, {case.dtype}" if isinstance(case, Case) else suite
+        groups.setdefault(title, {})[label_of(case).replace("`", "")] = row
+    of_torch = {} if suite in ("recurrence", "steps", "variants") else {"torch": "torch's operators"}
+    return figures.of_rows(groups, NAMES | of_torch)
+
+
+def cost_figures(rows: dict[str, Row]) -> list[str]:
+    """Time against T, B and H, fastrnn's and torch.nn's."""
+    drawn = []
+    for mode in ("forward", "training"):
+        for size, shapes in SCALING.items():
+            curves = {}
+            for cell, colour in (("lstm", figures.COLOURS[6]), ("gru", figures.COLOURS[5])):
+                found = {x: rows.get(scaling_case(cell, shape, mode).id) for x, shape in shapes.items()}
+                for peer, name in (("fastrnn", "fastrnn"), ("torch", NAMES["torch"])):
+                    points = {x: row["peers"][peer]["median"] for x, row in found.items() if row}
+                    curves[f"{cell.upper()}, {name}"] = figures.Line(colour, peer == "torch", points)
+            if all(len(line.points) > 1 for line in curves.values()):
+                sizes = {"B": MIDDLE.batch, "T": MIDDLE.steps, "H": MIDDLE.hidden_size}
+                others = ", ".join(f"{name} {value}" for name, value in sizes.items() if name != size)
+                drawn.append(figures.lines(f"{mode}, ms against {size}; {others}", curves, three))
+    return drawn
+
+
+def _all_rows(data: dict[str, Any]) -> list[str]:
     """Every row with every peer's median, spread and error, and who was left out why."""
     lines = []
     left_out: dict[str, list[str]] = {}
@@ -254,110 +308,102 @@ def details(data: dict[str, Any]) -> str:
         for unit, name in (("gflops", "GFLOP/s"), ("gbytes", "GB/s")):
             if unit in row:
                 rate = f"{row[unit]:.0f}" + (f" of {row['limit']:.0f}" if "limit" in row else "") + f" {name}"
-        for peer, figures in row["peers"].items():
-            median, low, high = (f"{figures[key]:.4g}" for key in ("median", "q20", "q80"))
+        for peer, times in row["peers"].items():
+            median, low, high = (f"{times[key]:.4g}" for key in ("median", "q20", "q80"))
             ratio = f"{row['ratios'][peer]:.2f}" if peer in row["ratios"] else ""
-            error = f"{figures['error']:.1e}"
+            error = f"{times['error']:.1e}"
             name = f"fastrnn, {row['backend']}" if peer == "fastrnn" else peer
             lines.append([id, name, median, f"{low} to {high}", ratio, rate, error, row["run"]])
             rate = ""
         for peer, reason in row["left_out"].items():
             left_out.setdefault(f"{peer}, {reason}", []).append(id)
     header = ["case", "peer", "median, ms", "20 to 80 %", "× ours", "rate", "largest error", "run"]
-    missing = "".join(f"* {reason}: {', '.join(ids)}\n" for reason, ids in left_out.items())
-    return f"# {data['machine']}\n\n{provenance(data)}\n\n{markdown(header, lines)}\n\nLeft out:\n\n{missing}"
+    missing = "\n".join(f"* {reason}: {', '.join(ids)}" for reason, ids in left_out.items())
+    return ["## All rows", markdown(header, lines), *(["## Left out", missing] if missing else [])]
 
 
-def draw(data: dict[str, Any], path: Path) -> None:
-    """Bars: how many times longer each peer takes than fastrnn, and fastrnn's share of the machine's limit."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    groups: dict[str, dict[str, Row]] = {}
-    for case in all_cases():
-        if case.id in data["rows"]:
-            title = f"{case.mode}, {case.dtype}{', variants' if case.variant else ''}"
-            label = f"{case.cell} {case.variant or case.shape}"
-            groups.setdefault(title, {})[label] = data["rows"][case.id]
-    figure, axes = plt.subplots(len(groups), 2, figsize=(14, 4 * len(groups)), squeeze=False, layout="constrained")
-    for (title, shown), (left, right) in zip(groups.items(), axes, strict=True):
-        peers = _compared(shown.values())
-        width = 0.8 / max(len(peers), 1)
-        for i, peer in enumerate(peers):
-            heights = [row["ratios"].get(peer, 1.0) - 1 for row in shown.values()]
-            places = [x + (i - len(peers) / 2) * width for x in range(len(shown))]
-            left.bar(places, heights, width, 1.0, label=NAMES[peer])
-        left.axhline(1.0, color="black", linewidth=0.8)
-        left.set(yscale="log", title=f"{title}: time over fastrnn's")
-        left.set_xticks(range(len(shown)), list(shown), rotation=60, ha="right")
-        left.legend()
-        if not any("fraction" in row for row in shown.values()):
-            right.set_axis_off()
-            continue
-        right.bar(range(len(shown)), [row.get("fraction", 0.0) for row in shown.values()])
-        right.set(title=f"{title}: fastrnn's share of the machine's limit", ylim=(0, 1.05))
-        right.set_xticks(range(len(shown)), list(shown), rotation=60, ha="right")
-    figure.suptitle(provenance(data), fontsize=9, wrap=True)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+def details(data: dict[str, Any]) -> list[str]:
+    """The blocks of a CPU's page."""
+    blocks = [f"# fastrnn on {data['machine']}", provenance(data), EXPLANATION]
+    for suite in SUITES:
+        rows = _of(data, [suite])["rows"]
+        if rows:
+            blocks += [f"## {suite.capitalize()}", _tables([data], [suite]), figures.beside(_figures(suite, rows))]
+    runs = [
+        [id, run["commit"], ", ".join(f"{name} {version}" for name, version in run["versions"].items())]
+        for id, run in data["runs"].items()
+    ]
+    return [*blocks, *_all_rows(data), "## Runs", markdown(["run", "commit", "versions"], runs)]
 
 
 def compare(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """Cases of both files: our medians, their ratio, and that of torch.nn, or for a variant that torch.nn does not have
-    of the plain cell, which tells how much the machine changed."""
+    """Cases of both files, the largest loss first: our medians, by what factor ours is shorter now, the wider of the
+    two spreads from the quantile at 20 to that at 80 %, and the same factor of torch, or of another peer where torch
+    took no part, which tells how much the machine changed."""
     lines = []
-    for id in (id for id in new["rows"] if id in old["rows"]):
-        rows = [data["rows"][id] for data in (old, new)]
-        other = "torch" if all("torch" in row["peers"] for row in rows) else "plain"
-        if not all({"fastrnn", other} <= row["peers"].keys() for row in rows):
+    # A row of the same run was not measured again.
+    for id in (id for id, row in new["rows"].items() if id in old["rows"] and row["run"] != old["rows"][id]["run"]):
+        before, after = (data["rows"][id]["peers"] for data in (old, new))
+        if "fastrnn" not in before or "fastrnn" not in after:
             continue
-        ours, others = ([row["peers"][peer]["median"] for row in rows] for peer in ("fastrnn", other))
-        lines.append(
-            [id, f"{ours[0]:.4g}", f"{ours[1]:.4g}", f"{ours[0] / ours[1]:.2f}"]
-            + [NAMES[other], f"{others[0] / others[1]:.2f}", *(f"{row['ratios'][other]:.2f}" for row in rows)]
-        )
-    header = ["case", "old, ms", "new, ms", "speed-up", "other", "its speed-up", "other × old", "other × new"]
-    return markdown(header, lines) if lines else "The two files have no case in common."
+        gain = before["fastrnn"]["median"] / after["fastrnn"]["median"]
+        spread = max((found["q80"] - found["q20"]) / found["median"] for found in (before["fastrnn"], after["fastrnn"]))
+        noise = ", noise" if abs(math.log(gain)) <= spread else ""
+        other = next((peer for peer in ("torch", *NAMES) if peer in before and peer in after), None)
+        its_gain = f"{before[other]['median'] / after[other]['median']:.2f}" if other else "–"
+        medians = [f"{peers['fastrnn']['median']:.4g}" for peers in (before, after)]
+        lines.append((gain, [id, *medians, f"{gain:.2f}", f"{spread:.0%}{noise}", other or "–", its_gain]))
+    header = ["case", "old, ms", "new, ms", "speed-up", "spread", "other", "its speed-up"]
+    ordered = [line for _, line in sorted(lines, key=lambda entry: entry[0])]
+    return markdown(header, ordered) if lines else "No case of the older results was measured again."
+
+
+def _stale(files: Sequence[dict[str, Any]]) -> dict[Path, str]:
+    """The pages whose table is not what the results give, and what they ought to be."""
+    wanted = {
+        path: with_table(path.read_text(), table, path.name)
+        for path, table in ((README, readme_table(files)), (VARIANTS_PAGE, variants_page_table(files)))
+    }
+    return {path: text for path, text in wanted.items() if text != path.read_text()}
+
+
+def write(old: dict[str, Any] | None = None) -> None:
+    """Rewrites all pages and tables, and where there are old results, prints how the present ones compare.
+
+    Raises ValueError where there are no present ones of the same machine.
+    """
+    files = results.load_all(results.folder())
+    if old is not None and old["machine"] not in [data["machine"] for data in files]:
+        raise ValueError(f"there are no results of {old['machine']} to compare with")
+    for path, text in _stale(files).items():
+        path.write_text(text)
+        print(f"wrote {path}")
+    REPORT.mkdir(exist_ok=True)
+    for data in files:
+        blocks = gpu.details(data) if gpu.is_gpu(data) else details(data)
+        if old is not None and old["machine"] == data["machine"]:
+            compared = compare(old, data)
+            first = next(i for i, block in enumerate(blocks) if block.startswith("## "))
+            source = (gpu.provenance if gpu.is_gpu(old) else provenance)(old)
+            blocks[first:first] = ["## Compared", f"Older results: {source}", compared]
+            print(compared)
+        path = REPORT / f"{data['machine']}.html"
+        path.write_text(page("\n\n".join(blocks)))
+        print(f"wrote {path}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.report", description="Tables and pictures of bench/results.")
-    parser.add_argument("--check", action="store_true", help="only tell whether the pages are what the results give")
-    parser.add_argument("--compare", nargs="+", type=Path, metavar="FILE", help="OLD, or OLD and NEW results files")
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description="Tables and figures of bench/results.")
+    parser.add_argument("--check", action="store_true", help="only tell whether the tables are what the results give")
+    parser.add_argument("--compare", type=Path, metavar="OLD", help="an earlier results file of the same machine")
     options = parser.parse_args(arguments)
-    if options.compare:
-        if len(options.compare) > 2:
-            parser.error(f"--compare takes one or two files, got {len(options.compare)}")
-        old = results.load(options.compare[0])
-        new = options.compare[1] if len(options.compare) == 2 else results.folder() / f"{old['machine']}.json"
-        print(compare(old, results.load(new)))
+    if not options.check:
+        write(options.compare and results.load(options.compare))
         return 0
-
-    files = results.load_all(results.folder())
-    stale = {}
-    for page, table in ((README, readme_table(files)), (VARIANTS_PAGE, variants_page_table(files))):
-        present = page.read_text()
-        wanted = with_table(present, table, page.name)
-        if present != wanted:
-            stale[page] = wanted
-    if options.check:
-        for page in stale:
-            print(f"{page.name}'s table is not what bench/results gives: run python -m bench.report", file=sys.stderr)
-        return int(bool(stale))
-    for page, wanted in stale.items():
-        page.write_text(wanted)
-    REPORT.mkdir(exist_ok=True)
-    for data in files:
-        page = REPORT / f"{data['machine']}.md"
-        if gpu.is_gpu(data):
-            page.write_text(gpu.details(data))
-        else:
-            page.write_text(details(data))
-            draw(data, page.with_suffix(".png"))
-    print(f"wrote {README}, {VARIANTS_PAGE} and {REPORT}")
-    return 0
+    stale = _stale(results.load_all(results.folder()))
+    for path in stale:
+        print(f"{path.name}'s table is not what bench/results gives: run python -m bench.report", file=sys.stderr)
+    return int(bool(stale))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.machine import ROOT
-from bench.registry import ATTENTION_CASES, SEARCH_CASES, AnyCase, all_cases
+from bench.registry import AnyCase, all_cases
 
 
 def folder() -> Path:
@@ -39,9 +39,8 @@ def load_all(directory: Path) -> list[dict[str, Any]]:
 
 def merge(data: dict[str, Any], run_id: str, run: dict[str, Any], case: AnyCase, row: dict[str, Any]) -> dict[str, Any]:
     """The results with one more row, by the rule at the top of this file."""
-    registered = [c.id for c in (*all_cases(), *ATTENTION_CASES, *SEARCH_CASES)]
     rows = data["rows"] | {case.id: {"run": run_id, **row}}
-    rows = {id: rows[id] for id in registered if id in rows}
+    rows = {c.id: rows[c.id] for c in all_cases() if c.id in rows}
     runs = data["runs"] | {run_id: run}
     used = {r["run"] for r in rows.values()}
     return data | {"runs": {id: r for id, r in sorted(runs.items()) if id in used}, "rows": rows}

@@ -1,8 +1,10 @@
 """The benchmarks' results files, tables and checks; the tables in the pages are what bench/results gives."""
 
+import html.parser
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import check, machine, peers, registry, report, results, timing
+from bench import __main__ as command
+from bench import check, machine, page, peers, registry, report, results, timing
 
 LSTM, STEP = registry.Case("lstm", "c", "forward"), registry.Case("gru", "step1", "step")
 BF16 = registry.Case("lstm", "c", "training", "bf16")
@@ -71,7 +74,47 @@ def test_check_finds_a_typed_figure(page, figure, pages, capsys):
     assert err == f"{path.name}'s table is not what bench/results gives: run python -m bench.report\n"
 
 
-def test_report_writes_table_details_and_picture(pages):
+class Outline(html.parser.HTMLParser):
+    """Fails where an element is not closed in its turn, or loads anything."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open, self.anchors, self.links, self.lines, self.rows = [], set(), set(), [], []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        given = dict(attributes)
+        assert tag not in ("script", "link", "img", "iframe", "object") and "src" not in given
+        self.anchors.add(given.get("id"))
+        self.links |= {given["href"]} if "href" in given else set()
+        if tag == "tr":
+            self.rows.append([])
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        assert tag in ("line", "polyline")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "tr" in self.open and self.open[-1] != "tr":
+            self.rows[-1].append(data)
+
+
+def read_page(pages, name: str = "some-cpu-2t") -> Outline:
+    text = (pages / "report" / f"{name}.html").read_text()
+    outline = Outline(text)
+    assert text.startswith("<!DOCTYPE html>") and "url(" not in text and "@import" not in text and "http" not in text
+    assert outline.links and outline.links <= {f"#{anchor}" for anchor in outline.anchors}
+    outline.text = text
+    return outline
+
+
+def test_report_writes_tables_and_page(pages):
     tmp_path = pages
     results.save(tmp_path / "results" / "some-cpu-2t.json", measured(LSTM, STEP))
     assert report.main([]) == 0
@@ -82,10 +125,48 @@ def test_report_writes_table_details_and_picture(pages):
     assert "| LSTM 16, 100, 512, 512 | 10 | 1.30 | 124% | – | – |" in readme
     assert "| GRUCell 1, 256, 256 | 10000 | 1.30 |" in readme
     assert "Some CPU, 2 threads, avx2; torch 2.13.0; measured at abc on 2026-11-20." in readme
-    details = (tmp_path / "report" / "some-cpu-2t.md").read_text()
-    assert "| lstm-c-forward-fp32 | fastrnn, cpu | 10 | 10 to 10 |  | 671 of 540 GFLOP/s | 1.0e-07 |" in details
-    assert "* jax, not installed: jax: lstm-c-forward-fp32, gru-step1-step-fp32\n" in details
-    assert (tmp_path / "report" / "some-cpu-2t.png").read_bytes().startswith(b"\x89PNG")
+    found = read_page(pages)
+    assert ["LSTM 16, 100, 512, 512", "10", "1.30", "124%", "–", "–"] in found.rows
+    run = "2026-11-20T10:00:00Z"
+    assert ["lstm-c-forward-fp32", "fastrnn, cpu", "10", "10 to 10", "671 of 540 GFLOP/s", "1.0e-07", run] in found.rows
+    assert [run, "abc", "torch 2.13.0"] in found.rows
+    assert "<li>jax, not installed: jax: lstm-c-forward-fp32, gru-step1-step-fp32</li>" in found.text
+    assert "<title>LSTM 16, 100, 512, 512: torch.nn 1.30</title>" in found.text
+    assert "<title>LSTM 16, 100, 512, 512: fastrnn 124%</title>" in found.text
+    assert {"recurrence", "steps"} < found.anchors and "search" not in found.anchors
+
+
+def test_the_page_has_every_row_and_is_light(pages):
+    """Of the results in the repository, and of costs that grow with the size."""
+    run_id, data = "2026-11-22T10:00:00Z", results.load(report.ROOT / "bench" / "results" / "amd-epyc-2t.json")
+    for case in registry.SUITES["scaling"]:
+        data = results.merge(data, run_id, RUN, case, row(case, ours=case.flops / 5e11, torch=case.flops / 4e11))
+    results.save(pages / "results" / "amd-epyc-2t.json", data)
+    assert report.main([]) == 0
+    found = read_page(pages, "amd-epyc-2t")
+    assert len(found.text) < 1_000_000
+    assert data["rows"].keys() <= {line[0] for line in found.rows}
+    assert set(registry.SUITES) < found.anchors
+    assert found.text.count("<polyline") == 2 * 3 * 2 * 2
+    # 2*T*B*3H*(I+H) operations at 500 GFLOP/s; the middle is in all three figures.
+    assert found.text.count("<title>GRU, fastrnn, 1024: 25.8</title>") == 2
+    assert "forward, ms against T; B 16, H 256" in found.text
+
+
+def test_figures_of_few_points(pages):
+    """A lone size is no line, equal times have bars of no length."""
+    case = registry.SUITES["scaling"][0]
+    results.save(pages / "results" / "some-cpu-2t.json", measured(case, LSTM, ours=0.01, torch=0.01))
+    assert report.main([]) == 0
+    found = read_page(pages)
+    assert "<polyline" not in found.text and 'width="0.0"' in found.text
+
+
+def test_page_escapes_text():
+    text = page.page("# a < b\n\n`x` & y\n\n## One, two\n\n| < | b |\n| :--- | ---: |\n| `c` |  |\n\n<p>as it is</p>")
+    assert Outline(text).links == {"#one-two"}
+    assert "<h1>a &lt; b</h1>" in text and "<p><code>x</code> &amp; y</p>" in text and "<p>as it is</p>" in text
+    assert '<th scope="row"><code>c</code></th><td></td>' in text
 
 
 def test_variants_have_a_table_of_their_own(pages):
@@ -102,9 +183,9 @@ def test_variants_have_a_table_of_their_own(pages):
     assert "| bf16; B, T, I, H | forward, ms | of limit | training, ms | fastrnn fp32 × | torch.nn × |" in readme
     assert "| LSTM 16, 100, 512, 512 | – | – | 10 | 0.80 | 1.30 | 373% |\n" in readme
     assert "GRU" not in readme and "during lstm-c-forward-fp32, lstm-c-training-bf16." in readme
-    details = (pages / "report" / "some-cpu-2t.md").read_text()
-    assert "| gru-c-training-fp32-resets | plain | 8 | 8 to 8 | 0.80 |" in details
-    assert (pages / "report" / "some-cpu-2t.png").exists()
+    found = read_page(pages)
+    assert ["gru-c-training-fp32-resets", "plain", "8", "8 to 8", "0.80"] in [line[:5] for line in found.rows]
+    assert "<title>GRU, resets at 2 % of the steps: plain cell 0.80</title>" in found.text
 
 
 def test_a_variant_on_another_back_end_is_named():
@@ -172,15 +253,54 @@ def test_neighbours_are_seen():
     assert 0.2 / os.cpu_count() < share <= 1.05
 
 
-def test_compare(tmp_path, capsys):
-    old, new = tmp_path / "old.json", tmp_path / "new.json"
-    results.save(old, measured(LSTM, STEP, RESETS, ours=0.010, torch=0.02))
-    results.save(new, measured(LSTM, RESETS, ours=0.005, torch=0.01))
-    assert report.main(["--compare", str(old), str(new)]) == 0
-    out = capsys.readouterr().out
-    assert "| lstm-c-forward-fp32 | 10 | 5 | 2.00 | torch.nn | 2.00 | 2.00 | 2.00 |" in out
-    assert "| gru-c-training-fp32-resets | 10 | 5 | 2.00 | plain cell | 1.00 | 0.80 | 1.60 |" in out
-    assert "no case in common" in report.compare(measured(STEP), measured(LSTM))
+def test_compare(pages, capsys):
+    """LSTM in half the time, the variant in three times; torch and the plain cell as before; the step not anew."""
+    old = measured(LSTM, RESETS, STEP)
+    path = pages / "old.json"
+    results.save(path, old)
+    new, run_id = old, "2026-11-21T10:00:00Z"
+    new = results.merge(new, run_id, RUN, LSTM, row(LSTM, ours=0.005))
+    noisy = row(RESETS, ours=0.03)
+    noisy["peers"]["fastrnn"] |= {"q20": 10.0, "q80": 60.0}
+    new = results.merge(new, run_id, RUN, RESETS, noisy)
+    results.save(pages / "results" / "some-cpu-2t.json", new)
+    assert report.main(["--compare", str(path)]) == 0
+    worse = ["gru-c-training-fp32-resets", "10", "30", "0.33", "167%, noise", "plain", "1.00"]
+    better = ["lstm-c-forward-fp32", "10", "5", "2.00", "0%", "torch", "1.00"]
+    table = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert table[2:] == [worse, better]
+    found = read_page(pages)
+    assert found.rows[1:3] == [worse, better] and "compared" in found.anchors
+    assert "measured again" in report.compare(old, old)
+    with pytest.raises(ValueError, match="there are no results of another to compare with"):
+        report.write(old | {"machine": "another"})
+
+
+def test_options_name_what_exists():
+    ids = [case.id for case in registry.chosen("steps,search", "step1,select-40")]
+    assert ids == ["rnn-step1-step-fp32", "lstm-step1-step-fp32", "gru-step1-step-fp32", "search-select-40"]
+    assert registry.chosen(None, None) == registry.all_cases()
+    with pytest.raises(ValueError, match=r"^--suite must name some of recurrence, steps, .*, got 'nonsense'$"):
+        command.main(["--suite", "steps,nonsense"])
+    with pytest.raises(ValueError, match=r"^--shapes must name some of step1, step16, got 'a'$"):
+        command.main(["--suite", "steps", "--shapes", "a"])
+
+
+def test_interrupted_run_keeps_its_rows(tmp_path):
+    """Progress in lines, since there is no terminal; no report, which would rewrite the pages."""
+    environment = os.environ | {"FASTRNN_BENCH_RESULTS": str(tmp_path), "FASTRNN_BENCH_SECONDS": "0.01"}
+    environment["OMP_WAIT_POLICY"] = "passive"  # beside other tests, threads that spin take a hundred times longer
+    arguments = [sys.executable, "-m", "bench", "--suite", "steps", "-k", "rnn or lstm"]
+    run = subprocess.Popen(arguments, cwd=report.ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    for line in run.stdout:
+        if "1/4" in line:
+            run.send_signal(signal.SIGINT)
+            break
+    rest = run.stdout.read()
+    assert run.wait() == pytest.ExitCode.INTERRUPTED
+    assert re.match(r"lstm-step1-step-fp32: .* 1/4 \[\d+:\d+<\d+:\d+", line) and "wrote" not in rest
+    (path,) = tmp_path.iterdir()
+    assert list(results.load(path)["rows"]) == ["rnn-step1-step-fp32"]
 
 
 def test_a_file_that_is_no_results_file(tmp_path):
@@ -202,15 +322,10 @@ def test_machine_slug(device, cap, name):
     assert machine.slug(device, 2, cap) == name
 
 
-@pytest.mark.parametrize(
-    ("variable", "choose", "of"),
-    [("SHAPES", registry.chosen, registry.all_cases()), ("PEERS", peers.chosen_peers, LSTM)],
-    ids=["SHAPES", "PEERS"],
-)
-def test_unknown_selection_is_an_error(variable, choose, of, monkeypatch):
-    monkeypatch.setenv(f"FASTRNN_BENCH_{variable}", "nonsense")
-    with pytest.raises(ValueError, match=f"FASTRNN_BENCH_{variable} must name .*, got 'nonsense'"):
-        choose(of)
+def test_unknown_peer_is_an_error(monkeypatch):
+    monkeypatch.setenv("FASTRNN_BENCH_PEERS", "nonsense")
+    with pytest.raises(ValueError, match=r"FASTRNN_BENCH_PEERS must name .*, got 'nonsense'"):
+        peers.chosen_peers(LSTM)
 
 
 def test_loops_run_where_they_are_wanted(monkeypatch):

@@ -544,7 +544,7 @@ def test_summary():
     assert "| LSTM, `layer_norm`, H 512 and 1024 | 2.00 | – | 1 | cuda |" in text
     assert "| LSTMCell bf16, B 1, I = H = 1024 | 20 | 8 | 40 | – | 5.69 | cuda |" in text
     assert "| fp16, B 1 | 2000 | 800 | 19166 | 848 |" in text
-    details = gpu_report.details(data | {"exchange": {"run": ID, "rows": []}})
+    details = "\n\n".join(gpu_report.details(data | {"exchange": {"run": ID, "rows": []}}))
     assert (
         "| lstm-16x1024x768x768-forward-fp16 | fastrnn, cuda | 1000 | 1000 to 1000 | 0.977 |  | 19% | 1.0e-03 |"
         in details
@@ -569,9 +569,12 @@ def test_a_gpu_has_its_tables_in_the_readme_only_when_it_has_results(tmp_path, m
         monkeypatch.setattr(report, name, page)
     results.save(tmp_path / "results" / "nvidia-h200.json", data)
     assert report.main([]) == 0 and report.main(["--check"]) == 0
-    assert (tmp_path / "report" / "nvidia-h200.md").read_text().startswith("# nvidia-h200\n\nNVIDIA H200")
-    compared = report.compare(data, data)
-    assert "| lstm-16x1024x768x768-forward-fp16 | 1 | 1 | 1.00 | torch.nn | 1.00 | 2.00 | 2.00 |" in compared
+    page = (tmp_path / "report" / "nvidia-h200.html").read_text()
+    assert "<h1>fastrnn on nvidia-h200</h1>\n<p>NVIDIA H200" in page
+    assert "<title>B 16, T 1024, H 768: cuDNN 2.00</title>" in page
+    again = measured((case_of("headline"), row(case_of("headline"), fastrnn=0.0005, torch=0.002) | {"run": "later"}))
+    compared = report.compare(data, again)
+    assert "| lstm-16x1024x768x768-forward-fp16 | 1 | 0.5 | 2.00 | 0% | torch | 1.00 |" in compared
 
 
 # Under compute-sanitizer

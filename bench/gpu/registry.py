@@ -5,18 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from bench.registry import DTYPES, GATES, Case, Shape
+from bench.registry import DTYPES, GATES, Case, Shape, SizedCase
 
 
 @dataclass(frozen=True)
-class GpuCase(Case):
-    """A case whose `shape` is B x T x I x H, as "16x1024x768x768"."""
+class GpuCase(SizedCase):
+    """A case of one of the GPU suites."""
 
     suite: str = ""
-
-    @property
-    def size(self) -> Shape:
-        return Shape(*map(int, self.shape.split("x")))
 
     @property
     def baseline(self) -> tuple[str, Case] | None:

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from bench import figures
 from bench.gpu.registry import SEQUENCE_MODES, SUITES, GpuCase, all_cases
 from bench.tables import markdown, three
 
@@ -173,26 +174,38 @@ def _case_table(rows: Measured) -> str:
     """A line for every contender of every case."""
     lines = []
     for case, row in rows:
-        for name, figures in row["peers"].items():
-            median, low, high = (three(1e3 * figures[key]) for key in ("median", "q20", "q80"))
-            step = three(1e3 * figures["median"] / case.size.steps)
+        for name, times in row["peers"].items():
+            median, low, high = (three(1e3 * times[key]) for key in ("median", "q20", "q80"))
+            step = three(1e3 * times["median"] / case.size.steps)
             ratio = f"{row['ratios'][name]:.2f}" if name in row["ratios"] else ""
-            of_floor = f"{row['floor'] / figures['median']:.0%}"
+            of_floor = f"{row['floor'] / times['median']:.0%}"
             label = f"{name}, {row['backend']}" if name == "fastrnn" else name
-            error = f"{figures['error']:.1e}"
+            error = f"{times['error']:.1e}"
             lines.append([case.id, label, median, f"{low} to {high}", step, ratio, of_floor, error, row["run"]])
     header = ["case", "contender", "median, µs", "20 to 80 %", "µs per step", "× ours", "floor", "largest error", "run"]
     return markdown(header, lines)
 
 
-def details(data: Mapping[str, Any]) -> str:
-    """Every row of a GPU's results, who was left out why, what was not run, and the exchange between blocks."""
-    parts = [f"# {data['machine']}", summary(data)]
+def _figure_groups(rows: Measured) -> dict[str, dict[str, Row]]:
+    """By what one figure shows, and by what it calls the row."""
+    groups: dict[str, dict[str, Row]] = {}
+    for case, row in rows:
+        batch, steps, _, hidden = case.size
+        label = f"B {batch}, T {steps}, H {hidden}" + (f", {case.variant}" if case.variant else "")
+        groups.setdefault(f"{case.cell.upper()} {case.dtype}, {case.mode}", {})[label] = row
+    return groups
+
+
+def details(data: Mapping[str, Any]) -> list[str]:
+    """The blocks of a GPU's page: every row, who was left out why, what was not run, the exchange between blocks."""
+    parts = [f"# fastrnn on {data['machine']}", summary(data)]
     rows = measured(data)
     for suite, function in SUITES.items():
         chosen = [(case, row) for case, row in rows if case.suite == suite]
         if chosen:
-            parts += [f"## {suite}", function.__doc__ or "", _case_table(chosen)]
+            names = NAMES | ({"torch": "torch's operators"} if suite == "search" else {})
+            drawn = figures.beside(figures.of_rows(_figure_groups(chosen), names))
+            parts += [f"## {suite}", function.__doc__ or "", drawn, _case_table(chosen)]
     if "exchange" in data:
         parts += ["## Exchange between blocks", exchange_table(data["exchange"]["rows"])]
         reasons = dict.fromkeys(row["left_out"] for row in data["exchange"]["rows"] if "left_out" in row)
@@ -208,11 +221,11 @@ def details(data: Mapping[str, Any]) -> str:
         parts += [f"## Failed in {id}", failures] if failures else []
         missing = [case for case in run.get("not_run", []) if case not in data["rows"]]
         parts += [f"## Not run in {id}, which had {run['seconds']:g} s", ", ".join(missing)] if missing else []
-    return "\n\n".join(parts) + "\n"
+    return parts
 
 
 def progress(id: str, row: Row) -> str:
     """A line for a case that has just been measured."""
-    times = ", ".join(f"{name} {three(1e3 * figures['median'])}" for name, figures in row["peers"].items())
+    times = ", ".join(f"{name} {three(1e3 * found['median'])}" for name, found in row["peers"].items())
     wrong = [f"{name} {reason}" for name, reason in row["left_out"].items() if reason.startswith("wrong result")]
     return f"{id}: {times} µs" + "".join(f"; {reason}" for reason in wrong)
