@@ -77,7 +77,16 @@ def run(calls: Sequence[RecurrenceCall]) -> list[Result]:
     y, h_n, *c_n = torch.onnx.ops.symbolic_multi_out(
         kind.upper(), inputs, attributes, dtypes=[call.x.dtype] * len(shapes), shapes=shapes
     )
-    return [(y[:, index], h_n[index], c_n[0][index] if c_n else None, None) for index in range(directions)]
+    results: list[Result] = []
+    for index, each in enumerate(calls):
+        h, c = h_n[index], c_n[0][index] if c_n else None
+        if call.lengths is not None and each.h0 is not None:
+            # onnxruntime sets the state of an empty sequence to zero.
+            empty = (call.lengths == 0)[:, None]
+            h = torch.where(empty, each.h0, h)
+            c = None if c is None or each.c0 is None else torch.where(empty, each.c0, c)
+        results.append((y[:, index], h, c, None))
+    return results
 
 
 def _stack(tensors: list[Any], order: Sequence[int] = ()) -> Tensor:
