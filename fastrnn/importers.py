@@ -46,7 +46,11 @@ def from_keras(layer: Any) -> Layer:
     options = [_keras_options(part, backwards=index == 1) for index, part in enumerate(parts)]
     if options[0] != options[-1]:
         raise ValueError(f"both directions must have the same options, got {options[0]} and {options[1]}")
-    return _module(_KERAS[kind], [_keras_weights(kind, part) for part in parts], batch_first=True, **options[0])
+    directions = [_keras_weights(kind, part) for part in parts]
+    shapes = [{name: tuple(weight.shape) for name, weight in direction.items()} for direction in directions]
+    if shapes[0] != shapes[-1]:
+        raise ValueError(f"both directions must have the same weights, got {shapes[0]} and {shapes[1]}")
+    return _module(_KERAS[kind], directions, batch_first=True, **options[0])
 
 
 def _keras_options(layer: Any, backwards: bool) -> dict[str, Any]:
@@ -161,7 +165,9 @@ def _constants(model: Any, names: dict[str, str]) -> dict[str, Tensor]:
     initializers = [each for each in graph.initializer if each.name in wanted]
     variable = wanted.intersection(each.name for each in graph.input).difference(each.name for each in initializers)
     if variable:
-        raise ValueError(f"the node's weights must be constants, got {', '.join(variable)} among what they depend on")
+        raise ValueError(
+            f"the node's weights must be constants, got {', '.join(sorted(variable))} among what they depend on"
+        )
     outputs = [onnx.helper.make_empty_tensor_value_info(source) for source in names.values()]
     part = onnx.helper.make_model(
         onnx.helper.make_graph(nodes, "weights", [], outputs, initializers), opset_imports=model.opset_import

@@ -59,7 +59,6 @@ KERAS = [
 def test_computes_what_the_keras_layer_computes(
     keras: ModuleType, kind: str, options: dict[str, Any], bidirectional: bool
 ) -> None:
-    torch.manual_seed(0)
     layer = getattr(keras.layers, kind)(5, return_sequences=True, return_state=True, **options)
     layer = built(keras.layers.Bidirectional(layer) if bidirectional else layer)
     before = torch.get_rng_state()
@@ -112,6 +111,10 @@ def test_recurrent_dropout_of_keras(keras: ModuleType) -> None:
                 layers.GRU(5), backward_layer=layers.GRU(5, go_backwards=True, reset_after=False)
             ),
             "both directions must have the same options, .*'reset_after': False",
+        ),
+        (
+            lambda layers: layers.Bidirectional(layers.GRU(5), backward_layer=layers.GRU(4, go_backwards=True)),
+            r"both directions must have the same weights, .*'weight_ih': \(12, 7\)",
         ),
     ],
 )

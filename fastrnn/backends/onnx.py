@@ -21,7 +21,8 @@ def exporting() -> bool:
     return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
 
 
-exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]  # TorchDynamo would take it for always False.
+# TorchDynamo, which the exporter tries last, would take is_in_onnx_export for always False.
+exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def has_node_for(call: RecurrenceCall) -> bool:

@@ -68,7 +68,6 @@ LAYERS = [
 @pytest.mark.parametrize(("cls", "options", "more"), LAYERS, ids=lambda value: str(getattr(value, "__name__", value)))
 def test_a_node_for_each_layer(cls: Any, options: dict[str, Any], more: bool) -> None:
     """`more`: with initial states and lengths, some of which are zero."""
-    torch.manual_seed(0)
     module = cls(7, 5, **options).eval()
     directions = 2 if module.bidirectional else 1
     first = module.batch_first
@@ -88,7 +87,6 @@ def test_a_node_for_each_layer(cls: Any, options: dict[str, Any], more: bool) ->
 
 
 def test_accelerated_models_and_weights_too_large_for_torch_to_fold() -> None:
-    torch.manual_seed(0)
 
     class Model(nn.Module):
         def __init__(self) -> None:
@@ -105,7 +103,6 @@ def test_accelerated_models_and_weights_too_large_for_torch_to_fold() -> None:
 
 
 def test_without_a_batch_whatever_the_back_end() -> None:
-    torch.manual_seed(0)
     module = LSTM(7, 5, backend="cpu").eval()
     model = export(module, torch.randn(6, 7))
     module.backend = "auto"  # for fp64
@@ -124,7 +121,6 @@ WITHOUT_NODE = [
 
 @pytest.mark.parametrize(("cls", "options", "more"), WITHOUT_NODE, ids=str)
 def test_step_by_step_where_there_is_no_node(cls: Any, options: dict[str, Any], more: list[str]) -> None:
-    torch.manual_seed(0)
     module = cls(7, 5, **options).eval()
 
     def arguments(batch: int) -> tuple[Any, ...]:
@@ -140,7 +136,6 @@ def test_step_by_step_where_there_is_no_node(cls: Any, options: dict[str, Any], 
 
 
 def test_step_by_step_under_autocast() -> None:
-    torch.manual_seed(0)
 
     class Model(nn.Module):
         def __init__(self) -> None:
@@ -176,7 +171,6 @@ def test_cells(module: nn.Module, states: int) -> None:
 
 
 def test_attention_decoder() -> None:
-    torch.manual_seed(0)
     attention = fastrnn.nn.AdditiveAttention(5, 8, 6)
     module = fastrnn.nn.AttentionDecoder("lstm", 7, 5, attention).eval()
     model = export(module, torch.randn(3, 2, 7), torch.randn(3, 6, 8))
