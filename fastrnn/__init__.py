@@ -9,8 +9,9 @@ from importlib import metadata
 from fastrnn import nn, plot, search
 from fastrnn.convert import accelerate, restore
 from fastrnn.explain import explain
+from fastrnn.importers import from_keras, from_onnx
 
-__all__ = ["accelerate", "explain", "nn", "plot", "restore", "search"]
+__all__ = ["accelerate", "explain", "from_keras", "from_onnx", "nn", "plot", "restore", "search"]
 
 try:
     __version__ = metadata.version("fastrnn")

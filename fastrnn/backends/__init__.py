@@ -9,7 +9,7 @@ from types import ModuleType
 
 import torch
 
-from fastrnn.backends import aten, attention, cpu, cuda, reference, triton
+from fastrnn.backends import aten, attention, cpu, cuda, onnx, reference, triton
 from fastrnn.backends.attention.call import AttentionCall
 from fastrnn.backends.call import Norm, RecurrenceCall
 
@@ -101,6 +101,8 @@ transforming._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def transform_reasons() -> list[str]:
     """What hides the tensors' memory from a kernel, or asks for derivatives that it does not have."""
+    if onnx.exporting():
+        return ["torch.onnx.export is at work, which knows no kernels; it can take the reference apart"]
     if transforming():
         return ["a torch.func transform is active; only the reference can be transformed"]
     if torch.autograd.forward_ad._current_level >= 0:

@@ -17,6 +17,11 @@ _FLAGS = ("layer_norm", "peephole", "residual", "reset_after", "return_cell_stat
 
 def draw_seed() -> int | Tensor:
     """A seed for the counter-based masks, from torch's generator: reproducible under torch.manual_seed."""
+    if backends.onnx.exporting():
+        raise NotImplementedError(
+            "the random masks of zoneout, recurrent_dropout and weight_dropout cannot be exported to ONNX: "
+            "call model.eval() first"
+        )
     seed = torch.randint(2**63 - 1, (), device="cpu")
     # torch.vmap draws a seed for each model or sample, which only a tensor can hold. Not int(..), which torch.export
     # cannot trace.

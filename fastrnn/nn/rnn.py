@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fastrnn.backends import RecurrenceCall
+from fastrnn.backends import RecurrenceCall, onnx
 from fastrnn.nn.options import WithOptions, draw_seed
 from fastrnn.ops.dropout import dropout
-from fastrnn.ops.recurrence import decide, run_together
+from fastrnn.ops.recurrence import check, decide, run_together
 
 
 class Layers(WithOptions, torch.nn.RNNBase):
@@ -91,10 +91,13 @@ class Layers(WithOptions, torch.nn.RNNBase):
                 x = torch.dropout(x.contiguous(), self.dropout, True)
             indices = range(layer * directions, (layer + 1) * directions)
             calls = [self._call(index, x, states[index], lengths, batch_sizes, resets) for index in indices]
-            picked = [decide(call, self.backend) for call in calls]
-            if picked[0] == "aten" and layer == 0 and not self.residual and not self.weight_dropout:
-                return super().forward(input, hx)
-            results = run_together(calls, picked)
+            if onnx.exporting() and onnx.has_node_for(calls[0]):
+                results = onnx.run([check(call) for call in calls])
+            else:
+                picked = [decide(call, self.backend) for call in calls]
+                if picked[0] == "aten" and layer == 0 and not self.residual and not self.weight_dropout:
+                    return super().forward(input, hx)
+                results = run_together(calls, picked)
             finals += [(h_n, c_n) for _, h_n, c_n, _ in results]
             outputs = [(y, c_all) for y, _, _, c_all in results]
             y, c_all = outputs[0] if directions == 1 else map(_concatenate, *outputs)
