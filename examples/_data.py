@@ -1,0 +1,37 @@
+"""Public data: files fetched by pooch, checked by their hash and cached, or local copies of them."""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pooch
+from _trainer import fail
+
+
+def data_files(option: str, data: Path | None, name: str, url: str, hashes: Mapping[str, str]) -> list[Path]:
+    """Where the files are: in the folder ``data``, any version of them, or else in the cache, fetched if need be.
+
+    Args:
+        option: the option that gives ``data``, for messages.
+        data: folder with files of these names, or None.
+        name: folder within the cache.
+        url: address of the folder on the network, with a slash at its end.
+        hashes: SHA-256 of each file on the network.
+    """
+    if data is not None:
+        if not data.is_dir():
+            fail(f"{option} {data} is not a folder; it must hold {', '.join(hashes)}")
+        return [data / file for file in hashes]
+    pooch.get_logger().setLevel("WARNING")
+    cache = pooch.create(pooch.os_cache("fastrnn") / name, url, registry=dict(hashes))
+    downloader = pooch.HTTPDownloader(progressbar=sys.stderr.isatty())
+    paths = []
+    for file in hashes:
+        try:
+            paths.append(Path(cache.fetch(file, downloader=downloader)))
+        except PermissionError as error:
+            fail(f"the cache {cache.path} cannot be written: {error.strerror}; set XDG_CACHE_HOME to another folder")
+        except (OSError, ValueError) as error:  # no network, an interrupted download, or another hash
+            reason = "the file there is another one" if isinstance(error, ValueError) else type(error).__name__
+            fail(f"cannot fetch {url}{file} ({reason}); try again, or give a folder with it by {option}")
+    return paths
