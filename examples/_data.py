@@ -8,19 +8,18 @@ import pooch
 from _trainer import fail
 
 
-def data_files(option: str, data: Path | None, name: str, url: str, hashes: Mapping[str, str]) -> list[Path]:
-    """Where the files are: in the folder ``data``, any version of them, or else in the cache, fetched if need be.
+def data_files(data: Path | None, name: str, url: str, hashes: Mapping[str, str]) -> list[Path]:
+    """Where the files are: in the folder that --data gives, any version of them, or in the cache, fetched if need be.
 
     Args:
-        option: the option that gives ``data``, for messages.
-        data: folder with files of these names, or None.
+        data: that folder, or None.
         name: folder within the cache.
         url: address of the folder on the network, with a slash at its end.
         hashes: SHA-256 of each file on the network.
     """
     if data is not None:
         if not data.is_dir():
-            fail(f"{option} {data} is not a folder; it must hold {', '.join(hashes)}")
+            fail(f"--data {data} is not a folder; it must hold {', '.join(hashes)}")
         return [data / file for file in hashes]
     pooch.get_logger().setLevel("WARNING")
     cache = pooch.create(pooch.os_cache("fastrnn") / name, url, registry=dict(hashes))
@@ -30,8 +29,11 @@ def data_files(option: str, data: Path | None, name: str, url: str, hashes: Mapp
         try:
             paths.append(Path(cache.fetch(file, downloader=downloader)))
         except PermissionError as error:
-            fail(f"the cache {cache.path} cannot be written: {error.strerror}; set XDG_CACHE_HOME to another folder")
-        except (OSError, ValueError) as error:  # no network, an interrupted download, or another hash
-            reason = "the file there is another one" if isinstance(error, ValueError) else type(error).__name__
-            fail(f"cannot fetch {url}{file} ({reason}); try again, or give a folder with it by {option}")
+            cause = error.__cause__ or error  # pooch raises some anew
+            fail(f"the cache {cache.path} cannot be written: {cause}; set XDG_CACHE_HOME to another folder")
+        except ValueError:
+            fail(f"{url}{file} is another file than it was; give a folder with any version of it by --data")
+        except OSError as error:
+            reason = error.strerror or type(error).__name__  # a full disk; no network, an interrupted download
+            fail(f"cannot fetch {url}{file} ({reason}); try again, or give a folder with it by --data")
     return paths

@@ -56,7 +56,7 @@ def split_words(words: list[str], tags: list[str]) -> Sentence:
 
 def read_sentences(data: Path | None) -> dict[str, list[Sentence]]:
     """The parts; the train and dev parts, which are of different web sites, are both trained on."""
-    paths = data_files("--data", data, "WNUT2017", URL, HASHES)
+    paths = data_files(data, "WNUT2017", URL, HASHES)
     train, dev, test = (read_conll(path, columns=2, word=0, tag=1) for path in paths)
     known = [split_words(*sentence) for sentence in train] + dev
     validation = known[::VALIDATION]

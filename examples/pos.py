@@ -47,7 +47,7 @@ SHOWN_WORDS = 20  # of the sentence that is printed, at most
 
 
 def read_treebank(data: Path | None) -> dict[str, list[Sentence]]:
-    paths = data_files("--data", data, "UD_English-EWT-2.16", URL, HASHES)
+    paths = data_files(data, "UD_English-EWT-2.16", URL, HASHES)
     return {part: read_conll(path, 10, 1, 3, NO_WORD) for part, path in zip(PARTS, paths, strict=True)}
 
 

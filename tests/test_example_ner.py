@@ -133,3 +133,24 @@ def test_what_may_follow(ner: ModuleType) -> None:
         False,
     ]
     assert ner.may_follow("I-group", "B-group") and ner.may_follow("I-group", "O")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("missing", "--data missing is not a folder; it must hold wnut17train.conll, emerging.dev.conll, emerging.te"),
+        ("empty", "empty/wnut17train.conll cannot be read: No such file or directory"),
+        ("columns", "columns/wnut17train.conll, line 2: not a word and its tag in 2 columns parted by tabs"),
+    ],
+)
+def test_bad_data_gets_one_line(
+    ner: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], data: str, message: str
+) -> None:
+    Path("empty").mkdir()
+    Path("columns").mkdir()
+    Path("columns", FILES[0]).write_text("in\tO\nParis\n")
+    with pytest.raises(SystemExit, match="2"):
+        run(ner, monkeypatch, "--data", data)
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith(f"ner: error: {message}") and printed.err.count("\n") == 1

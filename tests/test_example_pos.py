@@ -240,20 +240,18 @@ def test_fetched_files_are_kept(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
     data_files = importlib.import_module("_data").data_files
-    (path,) = data_files("--data", None, "some data", server, {"whole": HASH})
+    (path,) = data_files(None, "some data", server, {"whole": HASH})
     assert path.read_bytes() == b"0123456789" and folder / "cache" in path.parents
-    assert data_files("--data", None, "some data", "http://127.0.0.1:1/", {"whole": HASH}) == [
-        path
-    ]  # nobody answers there
+    assert data_files(None, "some data", "http://127.0.0.1:1/", {"whole": HASH}) == [path]  # nobody answers there
     assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize(
-    ("file", "digest", "reason"),
+    ("file", "digest", "message"),
     [
-        ("cut", HASH, "(ChunkedEncodingError)"),
-        ("whole", HASH[::-1], "(the file there is another one)"),
-        ("missing", HASH, "(HTTPError)"),
+        ("cut", HASH, "cannot fetch {}cut (ChunkedEncodingError); try again, or give a folder with it by --data"),
+        ("missing", HASH, "cannot fetch {}missing (HTTPError); try again, or give a folder with it by --data"),
+        ("whole", HASH[::-1], "{}whole is another file than it was; give a folder with any version of it by --data"),
     ],
 )
 def test_failed_fetch_leaves_nothing(
@@ -264,13 +262,13 @@ def test_failed_fetch_leaves_nothing(
     capsys: pytest.CaptureFixture[str],
     file: str,
     digest: str,
-    reason: str,
+    message: str,
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
     with pytest.raises(SystemExit, match="2"):
-        importlib.import_module("_data").data_files("--data", None, "data", server, {file: digest})
+        importlib.import_module("_data").data_files(None, "data", server, {file: digest})
     printed = capsys.readouterr()
-    assert f"cannot fetch {server}{file} {reason}; try again, or give a folder with it by --data" in printed.err
+    assert printed.err.endswith(f"error: {message.format(server)}\n")
     assert printed.err.count("\n") == 1 and printed.out == ""
     assert not [path for path in (folder / "cache").rglob("*") if path.is_file()]
 
@@ -280,9 +278,9 @@ def test_cache_without_permission(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/sys/cache")  # not even root may create folders there
     with pytest.raises(SystemExit, match="2"):
-        importlib.import_module("_data").data_files("--data", None, "data", "http://127.0.0.1:1/", {"file": HASH})
+        importlib.import_module("_data").data_files(None, "data", "http://127.0.0.1:1/", {"file": HASH})
     printed = capsys.readouterr().err
-    assert "the cache /sys/cache/fastrnn/data cannot be written" in printed and printed.count("\n") == 1
+    assert "the cache /sys/cache/fastrnn/data cannot be written: [Errno" in printed and printed.count("\n") == 1
 
 
 BAD_INPUT = {
