@@ -263,9 +263,9 @@ def add_tagger_arguments(
     )
     parser.add_argument("--embedding", type=positive_int, default=100, help="size of a word's (%(default)s)")
     parser.add_argument(
-        "--letter-hidden", type=positive_int, default=32, help="units per direction of a word's LSTM (%(default)s)"
+        "--letter-hidden", type=positive_int, default=48, help="units per direction of a word's LSTM (%(default)s)"
     )
-    parser.add_argument("--dropout", type=probability, default=0.4, help="of inputs and outputs (%(default)s)")
+    parser.add_argument("--dropout", type=probability, default=0.3, help="of inputs and outputs (%(default)s)")
     parser.add_argument("--data", type=Path, help=f"folder with {files} (fetched)")
 
 

@@ -2,9 +2,9 @@
 
 A word, its own embedding next to what a small LSTM makes of its letters, goes through an LSTM that reads the sentence
 in both directions and tells for each word whether it begins an entity (B-person), goes on with one (I-person) or is in
-none (O). An entity counts as found when its first word, its last word and its type are right (entity F1, by seqeval).
-The data is that of the workshop on noisy user-generated text of 2017 (WNUT 2017, Derczynski et al.): the test entities
-are new ones, few of them are in the train part.
+none (O); of the tags that may follow each other those with the best sum of scores are taken. An entity counts as found
+when its first word, its last word and its type are right (entity F1, by seqeval). The data is that of the workshop on
+noisy user-generated text of 2017 (WNUT 2017, Derczynski et al.), whose test entities are mostly new ones.
 
     python examples/ner.py
     python examples/ner.py --models bidirectional unidirectional
@@ -55,7 +55,7 @@ def split_words(words: list[str], tags: list[str]) -> Sentence:
 
 
 def read_sentences(data: Path | None) -> dict[str, list[Sentence]]:
-    """The parts; the train and dev parts, which are of different web sites, are both trained on."""
+    """The parts; train and dev are of different web sites, the test of further ones, so both are trained on."""
     paths = data_files(data, "WNUT2017", URL, HASHES)
     train, dev, test = (read_conll(path, columns=2, word=0, tag=1) for path in paths)
     known = [split_words(*sentence) for sentence in train] + dev
@@ -69,20 +69,20 @@ def may_follow(before: str, tag: str) -> bool:
     return not tag.startswith("I-") or (before != "O" and before[2:] == tag[2:])
 
 
-def entity_f1(gold: Tags, found: Tags) -> float:
-    return float(f1_score(gold, found, zero_division=0))
+def entity_f1(true: Tags, found: Tags) -> float:
+    return float(f1_score(true, found, zero_division=0))
 
 
-def evaluate(gold: Tags, found: dict[str, Tags]) -> dict[str, dict[str, Any]]:
+def evaluate(true: Tags, found: dict[str, Tags]) -> dict[str, dict[str, Any]]:
     """Entity F1 of each model, and precision, recall and counts of entities by type."""
     results = {}
     for name, tags in found.items():
-        report = classification_report(gold, tags, output_dict=True, zero_division=0)
+        report = classification_report(true, tags, output_dict=True, zero_division=0)
         predicted = Counter(kind for kind, _, _ in get_entities(tags))
-        both = Counter(kind for kind, _, _ in {*get_entities(gold)} & {*get_entities(tags)})
+        both = Counter(kind for kind, _, _ in {*get_entities(true)} & {*get_entities(tags)})
         micro = report["micro avg"]
         results[name] = {
-            "entity_f1": entity_f1(gold, tags),
+            "entity_f1": entity_f1(true, tags),
             "precision": float(micro["precision"]),
             "recall": float(micro["recall"]),
             "by_type": {
