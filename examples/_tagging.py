@@ -76,9 +76,8 @@ class Corpus:
         distinct = sorted({word for words, _ in sentences for word in words})
         row = {word: i for i, word in enumerate(distinct)}
         tag = {tag: i for i, tag in enumerate(self.tags)}
-        letters, spelled = pad(
-            [[self.letters.get(letter, UNKNOWN) for letter in shorten(word)] for word in distinct], 0
-        )
+        spellings = [[self.letters.get(letter, UNKNOWN) for letter in shorten(word)] for word in distinct]
+        letters, spelled = pad(spellings, UNKNOWN)
         rows, lengths = pad([[row[word] for word in words] for words, _ in sentences], 0)
         tags, _ = pad([[tag.get(name, NO_TAG) for name in names] for _, names in sentences], NO_TAG)
         words = torch.tensor([self.words.get(word.lower(), UNKNOWN) for word in distinct])
@@ -90,7 +89,7 @@ def shorten(word: str) -> str:
     return word if len(word) <= LONGEST_WORD else word[:half] + word[-half:]
 
 
-def read_conll(path: Path, columns: int, word: int, tag: int, skip: str = "$^") -> list[Sentence]:
+def read_conll(path: Path, columns: int, word: int, tag: int, skip: str | None = None) -> list[Sentence]:
     """The sentences of a file: a word a line, an empty line after each sentence.
 
     Args:
@@ -115,7 +114,7 @@ def read_conll(path: Path, columns: int, word: int, tag: int, skip: str = "$^") 
             if words:
                 sentences.append((words, tags))
             words, tags = [], []
-        elif re.match(skip, line):
+        elif skip and re.match(skip, line):
             continue
         elif len(row) != columns or not row[word] or not row[tag].strip():
             fail(f"{path}, line {number}: not a word and its tag in {columns} columns parted by tabs")

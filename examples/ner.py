@@ -135,7 +135,7 @@ def parse_arguments() -> argparse.Namespace:
         parser,
         models=["bidirectional"],
         files=", ".join(HASHES),
-        iterations=2000,
+        iterations=3000,
         batch=16,
         lr=5e-3,
         output="runs/ner",
