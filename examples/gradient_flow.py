@@ -17,6 +17,7 @@ The second row trains a tanh RNN to repeat its input of a few steps ago:
 import argparse
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -49,7 +50,11 @@ from tqdm import tqdm
 from fastrnn import nn
 
 CELLS = {"RNN": nn.RNNCell, "GRU": nn.GRUCell, "LSTM": nn.LSTMCell}
-SCALES: dict[str, float | None] = {"small": 0.5, "orthogonal": None, "large": 2.0}  # times 1 / sqrt(hidden)
+INITIALISATIONS: dict[str, Callable[[Tensor], Any]] = {  # of a gate's recurrent weights
+    "small": lambda weight: weight.normal_(0, 0.5 / math.sqrt(len(weight))),  # a spectral radius of about 0.5
+    "orthogonal": torch.nn.init.orthogonal_,
+    "large": lambda weight: weight.normal_(0, 2.0 / math.sqrt(len(weight))),
+}
 FORGET_BIASES = (0.0, 1.0, 5.0)
 INPUT_DEVIATION = 0.1  # so small that the states stay where tanh is steep
 SEQUENCES = 4  # whose norms are averaged
@@ -86,18 +91,15 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def set_recurrent_weights(weight: Tensor, scale: float | None) -> None:
-    """Fill weight_hh, gate by gate: orthogonal, or normal with a spectral radius of about ``scale``."""
-    hidden = weight.shape[1]
-    with torch.no_grad():
-        for gate in weight.split(hidden):
-            if scale is None:
-                torch.nn.init.orthogonal_(gate)
-            else:
-                gate.normal_(0, scale / math.sqrt(hidden))
+def initialise(cell: torch.nn.RNNCellBase, fill: Callable[[Tensor], Any]) -> None:
+    """Fill the recurrent weights gate by gate, and zero the biases."""
+    for weight in cell.weight_hh.detach().split(cell.hidden_size):
+        fill(weight)
+    torch.nn.init.zeros_(cell.bias_ih)
+    torch.nn.init.zeros_(cell.bias_hh)
 
 
-def jacobian_norms(cell: torch.nn.Module, x: Tensor) -> Tensor:
+def jacobian_norms(cell: torch.nn.RNNCellBase, x: Tensor) -> Tensor:
     """The largest singular value of dh_T/dh_s, for T - s = 0 .. T - 1.
 
     The LSTM's c_s is held fixed, that is, dh_T/dh_s has all ways from h_s on and through later cell states.
@@ -126,20 +128,18 @@ def jacobian_norms(cell: torch.nn.Module, x: Tensor) -> Tensor:
 def measure_flow(args: argparse.Namespace, device: torch.device) -> dict[str, dict[str, list[float]]]:
     """Geometric means of the norms over a few sequences, for T - s = 0 .. steps, by panel and curve."""
 
-    def norms(name: str, scale: float | str | None, **options: float) -> list[float]:
+    def norms(name: str, fill: Callable[[Tensor], Any] | None = None, **options: float) -> list[float]:
         torch.manual_seed(args.seed)
         cell = CELLS[name](args.hidden, args.hidden, backend=args.backend, **options)
-        if scale != "default":
-            set_recurrent_weights(cell.weight_hh, scale)
-            torch.nn.init.zeros_(cell.bias_ih)
-            torch.nn.init.zeros_(cell.bias_hh)
+        if fill:
+            initialise(cell, fill)
         x = INPUT_DEVIATION * torch.randn(args.steps + 1, SEQUENCES, args.hidden)
         # Below what fp32 holds a norm is zero.
         found = jacobian_norms(cell.to(device), x.to(device)).clamp_min(torch.finfo(torch.float32).tiny)
         return found.log().mean(1).exp().tolist()
 
-    flow = {name: {curve: norms(name, scale) for curve, scale in SCALES.items()} for name in CELLS}
-    flow["LSTM's forget bias"] = {f"{bias:g}": norms("LSTM", "default", forget_bias=bias) for bias in FORGET_BIASES}
+    flow = {name: {curve: norms(name, fill) for curve, fill in INITIALISATIONS.items()} for name in CELLS}
+    flow["LSTM's forget bias"] = {f"{bias:g}": norms("LSTM", forget_bias=bias) for bias in FORGET_BIASES}
     return flow
 
 
@@ -149,7 +149,7 @@ class Repeater(torch.nn.Module):
     def __init__(self, hidden: int, backend: str) -> None:
         super().__init__()
         self.rnn = nn.RNN(1, hidden, batch_first=True, backend=backend)
-        set_recurrent_weights(self.rnn.weight_hh_l0, None)
+        torch.nn.init.orthogonal_(self.rnn.weight_hh_l0)
         self.output = torch.nn.Linear(hidden, 1)
 
     def forward(self, x: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:

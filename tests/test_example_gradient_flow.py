@@ -47,11 +47,11 @@ def metrics(name: str) -> dict:
     return json.loads((Path(name) / "metrics.json").read_text())
 
 
-@pytest.mark.parametrize("scale", [0.5, None, 2.0], ids=["small", "orthogonal", "large"])
-def test_norms_are_of_the_product_of_jacobians(flow: ModuleType, scale: float | None) -> None:
+@pytest.mark.parametrize("name", ["small", "orthogonal", "large"])
+def test_norms_are_of_the_product_of_jacobians(flow: ModuleType, name: str) -> None:
     """Of a tanh RNN: dh_t/dh_{t-1} = diag(1 - h_t^2) W_hh."""
     cell = flow.CELLS["RNN"](5, 5)
-    flow.set_recurrent_weights(cell.weight_hh, scale)
+    flow.initialise(cell, flow.INITIALISATIONS[name])
     x = torch.randn(9, 3, 5)
     found = flow.jacobian_norms(cell, x)
     assert found.shape == (9, 3)
@@ -106,12 +106,12 @@ def test_what_it_shows(flow: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys
     assert written["flow"]["LSTM's forget bias"]["5"]["per_step"] > 0.95
     training = written["training"]
     assert list(training) == ["not clipped", "clipped", "cut every 2", "cut every 6"]
-    assert all(len(result["losses"]) == len(result["norms"]) == 150 for result in training.values())
+    assert all(len(result["losses"]) == len(result["norms"]) == 15 for result in training.values())
     # Three steps ago is further than the cuts every 2 steps are apart, and half of the time nearer than every 6.
     assert training["cut every 2"]["final_loss"] > 0.6 * math.log(2)
     assert training["cut every 6"]["final_loss"] < 0.3 * math.log(2)
     assert matplotlib.image.imread("out/gradient_flow.png").std() > 0.05
-    assert "norm of dh_T/dh_s, 32 units" in capsys.readouterr().out
+    assert f"| RNN, large | {written['flow']['RNN']['large']['norms'][1]:.1e} |" in capsys.readouterr().out
 
 
 def test_the_gradient_ends_at_the_cuts(flow: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +122,7 @@ def test_the_gradient_ends_at_the_cuts(flow: ModuleType, monkeypatch: pytest.Mon
     for truncate in (2, 6):
         torch.manual_seed(0)
         model = flow.Repeater(args.hidden, "auto")
-        compute_loss = flow.RepetitionLoss(args.delay, truncate, args, torch.device("cpu"))
+        compute_loss = flow.RepetitionLoss(truncate, args, torch.device("cpu"))
         start = torch.zeros(1, args.batch, args.hidden, requires_grad=True)
         loss, state = compute_loss(model, 1, start)
         assert not state.requires_grad
@@ -164,7 +164,7 @@ def test_divergence_is_a_result(
     assert run(flow, monkeypatch, "--iterations", 20, "--descent-lr", 3e38, "--output", "out") == 0
     lost = metrics("out")["training"]["not clipped"]
     assert lost["losses"][-1] is None and lost["final_loss"] is None
-    assert "not clipped         diverged" in capsys.readouterr().out
+    assert "| not clipped | diverged |" in capsys.readouterr().out
     assert Path("out/gradient_flow.png").is_file()
 
 
@@ -188,7 +188,9 @@ def test_resume_after_interrupt_is_the_same_run(
     assert "Stopped at iteration 7; go on with: python gradient_flow.py" in capsys.readouterr().out
     assert not Path("parts/metrics.json").exists()
     assert run(flow, monkeypatch, *options, "parts", "--resume") == 0
-    assert metrics("parts") == metrics("whole")
+    whole, parts = metrics("whole"), metrics("parts")
+    assert whole.pop("environment") and parts.pop("environment")  # with the load at the start
+    assert whole == parts
 
     with pytest.raises(SystemExit, match="2"):
         run(flow, monkeypatch, *options, "parts", "--resume", "--delay", 2)
@@ -203,7 +205,7 @@ def test_kernels_agree_with_the_reference(flow: ModuleType, monkeypatch: pytest.
     for backend, dtype in (("auto", torch.float32), ("reference", torch.float32), ("reference", torch.float64)):
         torch.manual_seed(0)
         model = flow.Repeater(args.hidden, backend).to(dtype)
-        compute_loss = flow.RepetitionLoss(args.delay, 2, args, torch.device("cpu"))
+        compute_loss = flow.RepetitionLoss(2, args, torch.device("cpu"))
         compute_loss.signs = lambda iteration, signs=compute_loss.signs, dtype=dtype: signs(iteration).to(dtype)
         trainer = flow.Trainer(model, compute_loss, lr=0.01, clip=1.0)
         for _ in range(10):

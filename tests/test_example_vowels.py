@@ -103,7 +103,7 @@ def test_a_series_in_a_batch_is_as_alone(vowels: ModuleType, monkeypatch: pytest
 def test_resume_after_interrupt_is_the_same_run(
     vowels: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ("--iterations", 20, "--layers", 2, "--dropout", 0.3, "--noise", 0.2, "--output")
+    options = ("--iterations", 20, "--dropout", 0.3, "--noise", 0.2, "--output")
     assert run(vowels, monkeypatch, *options, "whole") == 0
 
     step = vowels.Trainer.step
@@ -120,7 +120,9 @@ def test_resume_after_interrupt_is_the_same_run(
     assert "Stopped at iteration 7; go on with: python vowels.py" in capsys.readouterr().out
     assert not Path("parts/metrics.json").exists()
     assert run(vowels, monkeypatch, *options, "parts", "--resume") == 0
-    assert metrics("parts") == metrics("whole")
+    whole, parts = metrics("whole"), metrics("parts")
+    assert whole.pop("environment") and parts.pop("environment")  # with the load at the start
+    assert whole == parts
 
     with pytest.raises(SystemExit, match="2"):
         run(vowels, monkeypatch, *options, "parts", "--resume", "--noise", 0)
@@ -132,7 +134,7 @@ def test_kernels_agree_with_the_reference(vowels: ModuleType, monkeypatch: pytes
     """Both loss curves are as close to the one in fp64, and so are the scores after training."""
     curves, scores = {}, {}
     for backend, dtype in (("auto", torch.float32), ("reference", torch.float32), ("reference", torch.float64)):
-        options = (*TINY, "--cell", cell, "--layers", 2, "--backend", backend)
+        options = (*TINY, "--cell", cell, "--backend", backend)
         monkeypatch.setattr(sys, "argv", ["vowels.py", *map(str, options)])
         args = vowels.parse_arguments()
         train, test = (
@@ -202,18 +204,3 @@ def test_bad_input_gets_one_line(
     printed = capsys.readouterr()
     assert printed.out == ""
     assert printed.err.startswith("vowels: error: ") and message in printed.err and printed.err.count("\n") == 1
-
-
-def test_a_checkpoint_of_another_program_is_refused(
-    vowels: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(vowels, monkeypatch, "--iterations", 1, "--output", "out") == 0
-    saved = torch.load("out/checkpoint.pt")
-    for content in ({"settings": {"cell": "gru"}}, {"weights": 1}):
-        torch.save(content, "out/checkpoint.pt")
-        capsys.readouterr()
-        with pytest.raises(SystemExit, match="2"):
-            run(vowels, monkeypatch, "--iterations", 1, "--output", "out", "--resume")
-        printed = capsys.readouterr()
-        assert printed.out == "" and "--resume: " in printed.err and printed.err.count("\n") == 1
-    assert saved["settings"]["cell"] == "gru"
