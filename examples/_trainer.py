@@ -271,7 +271,9 @@ class Trainer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         set_model_state_dict(self.loss, state["model"], options=WHOLE)
-        if state["optimizer"] and state["optimizer"]["state"]:  # SGD has none, which torch's function takes for an error
+        if (
+            state["optimizer"] and state["optimizer"]["state"]
+        ):  # SGD has none, which torch's function takes for an error
             set_optimizer_state_dict(self.loss, self.optimizer, state["optimizer"], options=WHOLE)
         self.gather()
         self.carry = processes.shard_state(state["carry"], next(self.model.parameters()).device)

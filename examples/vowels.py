@@ -30,7 +30,6 @@ from _trainer import (
     evenly,
     fail,
     markdown,
-    non_negative_float,
     positive_int,
     prepare_output,
     print_device,
@@ -53,7 +52,7 @@ CELLS = {"rnn": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU}
 MODELS = ("lengths", "padded")
 FILES = {"train": "JapaneseVowels_TRAIN.ts", "test": "JapaneseVowels_TEST.ts"}
 ROWS = 10  # of the table
-CURVE_OPTIONS = ("cell", "hidden", "dropout", "noise", "iterations", "batch", "lr", "clip", "seed")
+CURVE_OPTIONS = ("cell", "hidden", "dropout", "iterations", "batch", "lr", "clip", "seed")
 
 
 @dataclass(frozen=True)
@@ -83,9 +82,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--cell", choices=CELLS, default="gru", help="recurrent cell (%(default)s)")
     parser.add_argument("--hidden", type=positive_int, default=64, help="units per direction (%(default)s)")
     parser.add_argument("--dropout", type=probability, default=0.3, help="of the last states (%(default)s)")
-    parser.add_argument(
-        "--noise", type=non_negative_float, default=0.6, help="standard deviation, added in training (%(default)s)"
-    )
     parser.add_argument("--data", type=Path, help=f"folder of {' and '.join(FILES.values())} (package sktime)")
     return parser.parse_args()
 
@@ -179,12 +175,11 @@ class Classifier(torch.nn.Module):
 
 
 class ClassificationLoss:
-    """The loss of a minibatch of any of the series, with noise on their values."""
+    """The loss of a minibatch of any of the series."""
 
     def __init__(self, part: Part, args: argparse.Namespace) -> None:
         self.part = part
         self.batch = args.batch
-        self.noise = args.noise
         self.seed = args.seed
 
     def __call__(self, model: torch.nn.Module, iteration: int, carry: None) -> tuple[Tensor, None]:
@@ -193,10 +188,8 @@ class ClassificationLoss:
         processes.seed_iteration(self.seed, iteration)
         rows = rows.to(self.part.labels.device)
         lengths = self.part.lengths[rows]
-        x = self.part.x[rows, : int(lengths.max())]
-        inside = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
-        x = x + self.noise * torch.randn_like(x) * inside[..., None]
-        return processes.mean_over_all(cross_entropy(model(x, lengths), self.part.labels[rows]), number), None
+        scores = model(self.part.x[rows, : int(lengths.max())], lengths)
+        return processes.mean_over_all(cross_entropy(scores, self.part.labels[rows]), number), None
 
 
 @torch.no_grad()
@@ -259,7 +252,7 @@ def main() -> int:
     )
     print(f"models    {args.cell.upper()} of two directions, {args.hidden} units each, with and without lengths")
     print(
-        f"training  {args.iterations} iterations of {args.batch} series, noise {args.noise:g}, Adam lr {args.lr:g},"
+        f"training  {args.iterations} iterations of {args.batch} series, Adam lr {args.lr:g},"
         f" clip {args.clip:g}, seed {args.seed}"
     )
     print_device(device)

@@ -19,7 +19,7 @@ from tests.accuracy import assert_as_accurate
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 TRAIN, TEST = "JapaneseVowels_TRAIN.ts", "JapaneseVowels_TEST.ts"
-TINY = ("--data", "series", "--hidden", 16, "--batch", 30, "--dropout", 0, "--noise", 0, "--lr", 0.02)
+TINY = ("--data", "series", "--hidden", 16, "--batch", 30, "--dropout", 0, "--lr", 0.02)
 TINY += ("--device", "cpu")
 
 
@@ -103,7 +103,7 @@ def test_a_series_in_a_batch_is_as_alone(vowels: ModuleType, monkeypatch: pytest
 def test_resume_after_interrupt_is_the_same_run(
     vowels: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ("--iterations", 20, "--dropout", 0.3, "--noise", 0.2, "--output")
+    options = ("--iterations", 20, "--dropout", 0.3, "--output")
     assert run(vowels, monkeypatch, *options, "whole") == 0
 
     step = vowels.Trainer.step
@@ -125,8 +125,8 @@ def test_resume_after_interrupt_is_the_same_run(
     assert whole == parts
 
     with pytest.raises(SystemExit, match="2"):
-        run(vowels, monkeypatch, *options, "parts", "--resume", "--noise", 0)
-    assert "the checkpoint was made with noise 0.2, not 0.0" in capsys.readouterr().err
+        run(vowels, monkeypatch, *options, "parts", "--resume", "--dropout", 0)
+    assert "the checkpoint was made with dropout 0.3, not 0.0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("cell", ["rnn", "lstm", "gru"])
