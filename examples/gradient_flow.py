@@ -229,6 +229,7 @@ def summary(run: Trainer) -> dict[str, Any]:
 
 
 def smooth(losses: list[float]) -> list[float]:
+    """At each iteration the mean of the last ten."""
     return [mean(losses[max(0, i - 9) : i + 1]) for i in range(len(losses))]
 
 
