@@ -271,7 +271,7 @@ class Trainer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         set_model_state_dict(self.loss, state["model"], options=WHOLE)
-        if state["optimizer"] is not None:
+        if state["optimizer"] and state["optimizer"]["state"]:  # torch cannot set the empty state of plain SGD
             set_optimizer_state_dict(self.loss, self.optimizer, state["optimizer"], options=WHOLE)
         self.gather()
         self.carry = processes.shard_state(state["carry"], next(self.model.parameters()).device)
