@@ -290,12 +290,12 @@ def summarize(cell: str, history: list[dict[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def draw_returns(path: Path, history: list[dict[str, Any]], cells: list[str], steps: int) -> None:
+def draw_returns(path: Path, history: list[dict[str, Any]], args: argparse.Namespace) -> None:
     """Mean returns over the environments' steps, within the range of all episodes."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     ax = figure.subplots()
-    x = [row["iteration"] * steps for row in history]
-    for cell in cells:
+    x = [-(-row["iteration"] // args.epochs) * args.steps * args.batch for row in history]
+    for cell in args.cells:
         returns = [row["policies"][cell]["return"] for row in history]
         label = "without memory" if cell == "none" else cell.upper()
         (line,) = ax.plot(x, [r["mean"] for r in returns], marker=".", label=label)
@@ -380,7 +380,7 @@ def main() -> int:
         "history": history,
     }
     write_json(args.output / "metrics.json", metrics)
-    draw_returns(args.output / "returns.png", history, args.cells, args.batch * args.steps // args.epochs)
+    draw_returns(args.output / "returns.png", history, args)
     print()
     for cell, result in results.items():
         print(f"{cell:6}mean return {result['return']['mean']:.1f}; a rollout takes {result['rollout_ms']:.1f} ms")
