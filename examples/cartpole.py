@@ -17,6 +17,7 @@ that it would have been without the interruption.
 """
 
 import argparse
+import math
 import statistics
 import sys
 import time
@@ -54,7 +55,7 @@ from tqdm import tqdm
 from fastrnn import nn
 
 SEEN = [0, 2]  # position and angle of gymnasium's observations
-SCALE = np.array([2.4, 0.2095], dtype=np.float32)  # where episodes end
+LIMITS = np.array([2.4, math.radians(12)], dtype=np.float32)  # of what is seen, beyond which an episode ends
 ACTIONS = 2
 SOLVED = 475  # mean return, by gymnasium
 EPISODES = 100  # of an evaluation
@@ -68,7 +69,7 @@ CURVE_OPTIONS = ("cells", "hidden", "steps", "epochs", "iterations", "batch", "l
 
 
 class Memoryless(torch.nn.Module):
-    """Stands in a recurrent layer's place."""
+    """A feed-forward layer in a recurrent one's place."""
 
     def __init__(self, input_size: int, hidden_size: int) -> None:
         super().__init__()
@@ -88,8 +89,7 @@ class Policy(torch.nn.Module):
         self.critic = torch.nn.Linear(hidden_size, 1)
 
     def forward(self, seen: Tensor, state: Any = None, starts: Tensor | None = None) -> tuple[Tensor, Tensor, Any]:
-        """Of T steps, or one: seen [T, B, 2], the state before them and starts [T, B], true where an episode begins
-        -> logits [T, B, ACTIONS], values [T, B] and the state after them."""
+        """seen [T, B, 2], the state before, starts [T, B] -> logits [T, B, ACTIONS], values [T, B], the state after."""
         y, state = self.unroll(seen, state, starts)
         return self.actor(y), self.critic(y).squeeze(-1), state
 
@@ -139,7 +139,7 @@ def make_environments(number: int) -> VectorEnv:
 
 
 def hide_velocities(observations: np.ndarray, device: torch.device) -> Tensor:
-    return torch.from_numpy(observations[:, SEEN] / SCALE).to(device)
+    return torch.from_numpy(observations[:, SEEN] / LIMITS).to(device)
 
 
 class RolloutLoss:
@@ -184,7 +184,7 @@ class RolloutLoss:
             steps.append(
                 (self.seen, self.starts, ~self.ended, logits[0], values[0], actions, reward, terminated, ended)
             )
-            # After an episode's last observation gymnasium ignores an action and then shows the next one's first.
+            # To an episode's last observation any action is the answer: what follows is the next episode's first one.
             self.seen, self.starts, self.ended = hide_velocities(observations, self.device), self.ended, ended
         seen, starts, real, logits, values, actions, rewards, terminated, ended = map(torch.stack, zip(*steps))
 
@@ -196,7 +196,7 @@ class RolloutLoss:
         for t in reversed(range(self.steps)):
             advantage = errors[t] + DISCOUNT * TRACE * advantage * ~ended[t]
             advantages[t] = advantage
-        std, mean = torch.std_mean(advantages[real])
+        std, mean = torch.std_mean(advantages[real], correction=0)
         log_probs = Categorical(logits=logits).log_prob(actions)
         normalized = (advantages - mean) / (std + 1e-8)
         return Rollout(seen, starts, first_state, real, actions, log_probs, normalized, advantages + values)
@@ -312,6 +312,8 @@ def draw_returns(path: Path, history: list[dict[str, Any]], args: argparse.Names
 
 def main() -> int:
     args = parse_arguments()
+    if args.steps < 2:  # of which one may be between two episodes
+        fail(f"--steps must be at least 2, got {args.steps}")
     sys.stdout.reconfigure(line_buffering=True, errors="replace")
     device = choose_device(args.device)
     prepare_output(args.output)
