@@ -33,7 +33,7 @@ GPU_PARTS := gpu-test gpu-attention gpu-search gpu-exchange gpu-sanitize gpu-ben
 OPERATORS := tests/ops tests/nn tests/reference tests/search
 TEST_PARTS := test-operators test-rest
 
-.PHONY: demo test $(TEST_PARTS) lint bench wheel clean gpu gpu-build $(GPU_PARTS)
+.PHONY: demo test $(TEST_PARTS) drop-in lint bench wheel clean gpu gpu-build $(GPU_PARTS)
 
 demo: $(INSTALLED)
 	$(PY) examples/char_lm.py $(ARGS)
@@ -47,6 +47,10 @@ test-operators: $(INSTALLED)
 
 test-rest: $(INSTALLED)
 	$(PY) -m pytest -q tests $(addprefix --ignore=,$(OPERATORS)) $(ARGS)
+
+# Other people's projects with our modules inside, in an environment of their own.
+drop-in: .venv-drop-in/installed
+	.venv-drop-in/bin/python -m pytest -q --disable-warnings tests/drop_in $(ARGS)
 
 lint: $(INSTALLED)
 	$(PY) -m ruff check .
@@ -105,6 +109,13 @@ clean:
 $(INSTALLED): $(NATIVE) $(DEPENDENCIES)
 	$(PY) -m pip install -q --no-build-isolation --no-index --no-deps -e .
 	mkdir -p $(@D) && touch $@
+
+# The extension in the source tree serves here too, as this is the same Python.
+.venv-drop-in/installed: pyproject.toml requirements-test.txt tests/drop_in/requirements.txt | $(INSTALLED)
+	$(PY) -m venv .venv-drop-in
+	.venv-drop-in/bin/pip install -q -c requirements-test.txt torch setuptools -r tests/drop_in/requirements.txt
+	FASTRNN_NO_EXT=1 .venv-drop-in/bin/pip install -q --no-build-isolation -e '.[test]'
+	touch $@
 
 .venv/bench-peers: $(INSTALLED)
 	$(PY) -m pip install -q --no-build-isolation -e '.[bench]'
