@@ -32,10 +32,25 @@ GPU_PARTS := gpu-test gpu-attention gpu-search gpu-exchange gpu-sanitize gpu-ben
 OPERATORS := tests/ops tests/nn tests/reference tests/search
 TEST_PARTS := test-operators test-rest
 
-.PHONY: demo test $(TEST_PARTS) lint bench docs wheel clean gpu gpu-build $(GPU_PARTS)
+.PHONY: demo examples test $(TEST_PARTS) drop-in lint bench docs wheel clean gpu gpu-build $(GPU_PARTS)
 
 demo: $(INSTALLED)
 	$(PY) examples/char_lm.py $(ARGS)
+
+# All of them, small. EWT and WNUT are folders with these data sets, which are fetched if not given.
+examples: $(INSTALLED)
+	@failed=; run() { echo "== $$*"; $(PY) examples/"$$@" --output runs/small/$${1%.py} || failed="$$failed $$1"; }; \
+	run char_lm.py --iterations 100; \
+	run g2p.py --iterations 50 --models none additive --beams 1; \
+	run translate.py --iterations 50 --sentences 2000; \
+	run caption.py --iterations 200; \
+	run pos.py --iterations 50 $(addprefix --data=,$(EWT)); \
+	run ner.py --iterations 50 $(addprefix --data=,$(WNUT)); \
+	run vowels.py --iterations 100; \
+	run forecast.py --iterations 100; \
+	run gradient_flow.py --iterations 100; \
+	run cartpole.py --iterations 100; \
+	[ -z "$$failed" ] || { echo "failed:$$failed"; exit 1; }
 
 # Two processes at a time, each of which says what it did when it is done.
 test: lint
@@ -46,6 +61,10 @@ test-operators: $(INSTALLED)
 
 test-rest: $(INSTALLED)
 	$(PY) -m pytest -q tests $(addprefix --ignore=,$(OPERATORS)) $(ARGS)
+
+# Other people's projects with our modules inside, in an environment of their own.
+drop-in: .venv-drop-in/installed
+	.venv-drop-in/bin/python -m pytest -q --disable-warnings tests/drop_in $(ARGS)
 
 lint: $(INSTALLED)
 	$(PY) -m ruff check .
@@ -108,6 +127,13 @@ clean:
 $(INSTALLED): $(NATIVE) $(DEPENDENCIES)
 	$(PY) -m pip install -q --no-build-isolation --no-index --no-deps -e .
 	mkdir -p $(@D) && touch $@
+
+# The extension in the source tree serves here too, as this is the same Python.
+.venv-drop-in/installed: pyproject.toml requirements-test.txt tests/drop_in/requirements.txt | $(INSTALLED)
+	$(PY) -m venv .venv-drop-in
+	.venv-drop-in/bin/pip install -q -c requirements-test.txt torch setuptools -r tests/drop_in/requirements.txt
+	FASTRNN_NO_EXT=1 .venv-drop-in/bin/pip install -q --no-build-isolation -e '.[test]'
+	touch $@
 
 .venv/bench-peers: $(INSTALLED)
 	$(PY) -m pip install -q --no-build-isolation -e '.[bench]'

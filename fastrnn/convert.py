@@ -15,13 +15,12 @@ from fastrnn.nn.options import check_backend
 
 ModuleT = TypeVar("ModuleT", bound=torch.nn.Module)
 
-_NAMES = ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell")
-_OURS: dict[type, type] = {getattr(torch.nn, name): getattr(nn, name) for name in _NAMES}
+NAMES = ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell")
+_OURS: dict[type, type] = {getattr(torch.nn, name): getattr(nn, name) for name in NAMES}
 _TORCHS = {ours: torchs for torchs, ours in _OURS.items()}
 
 # What torch's forward passes call and ours do not: a subclass with its own version wants it called.
 _FORWARD_PATH = (
-    "forward",
     "check_forward_args",
     "check_hidden_size",
     "check_input",
@@ -35,8 +34,9 @@ def accelerate(module: ModuleT, backend: str = "auto") -> ModuleT:
     """Turns every torch.nn.RNN, LSTM, GRU and cell of a model, the model itself included, into fastrnn's.
 
     Only the modules' classes change: parameters, hooks, parametrizations, optimizers and references to the modules stay
-    as they are. Subclasses without a forward pass of their own are converted too; ``fastrnn.explain`` names the modules
-    that were left alone, and why. A second call changes the back end. ``restore`` undoes it all.
+    as they are. Subclasses are converted too: where a forward pass of their own calls ``super().forward()``, it gets
+    ours. ``fastrnn.explain`` names the modules that were left alone, and why. A second call changes the back end.
+    ``restore`` undoes it all.
 
     Args:
         module: the model; it is changed, and returned.
@@ -80,7 +80,7 @@ def reasons_against(module: torch.nn.Module) -> list[str]:
     torchs = torch_class(module)
     assert torchs is not None
     name = type(module).__name__
-    reasons = []
+    reasons = ["its forward() was replaced"] if "forward" in module.__dict__ else []
     for method in _FORWARD_PATH:
         if getattr(type(module), method, None) is not getattr(torchs, method, None) or method in module.__dict__:
             reasons.append(f"{name} has its own {method}()")
@@ -113,23 +113,21 @@ def _with_base(parametrized: type, base: type) -> type:
     return type(parametrized.__name__, (base,), namespace)
 
 
-class _Pickled:
-    """Lets modules of a class that `_accelerated_subclass` made be pickled, by the name of the original class."""
-
-    _original: type
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        function, arguments, *state = cast("tuple[Any, ...]", super().__reduce_ex__(protocol))
-        if function is copyreg.__newobj__:  # type: ignore[attr-defined]
-            function, arguments = _new, (self._original,)
-        return (function, arguments, *state)
-
-
 @functools.cache
 def _accelerated_subclass(cls: type) -> type:
     ours = next(_OURS[base] for base in cls.__mro__ if base in _OURS)
-    namespace = {"_original": cls, **{name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}}
-    return types.new_class(cls.__name__, (_Pickled, cls, ours), exec_body=lambda body: body.update(namespace))
+
+    def reduce_ex(self: Any, protocol: Any) -> Any:
+        """Pickles by the name of the original class."""
+        function, arguments, *state = cast(Any, cls).__reduce_ex__(self, protocol)
+        if function is copyreg.__newobj__:  # type: ignore[attr-defined]
+            function, arguments = _new, (cls,)
+        return (function, arguments, *state)
+
+    namespace = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
+    namespace |= {"_original": cls, "__reduce_ex__": reduce_ex}
+    # The original comes first, so that the new class has its layout: Python changes the class of an object to no other.
+    return types.new_class(cls.__name__, (cls, ours), exec_body=lambda body: body.update(namespace))
 
 
 def _new(original: type) -> Any:

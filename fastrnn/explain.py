@@ -47,15 +47,18 @@ def explain(module: torch.nn.Module, *args: Any, **kwargs: Any) -> str:
 
                 def note(part: torch.nn.Module, *_: Any, title: str = title) -> None:
                     texts = [f"{_place(part, index, len(choices))}: {choice}" for index, choice in enumerate(choices)]
+                    if not texts and isinstance(part, WithOptions):
+                        texts = [": computed by its own forward(), which did not call super().forward()"]
                     for text in texts or [": torch's own operations, there are no kernels for it"]:
                         calls[title + text] = calls.get(title + text, 0) + 1
 
                 handles += [part.register_forward_pre_hook(forget), part.register_forward_hook(note)]
             elif convert.torch_class(part):
                 reasons = convert.reasons_against(part) or ["fastrnn.accelerate was not called on it"]
-                calls[
-                    f"{title}: computed by torch.nn\n" + "\n".join(f"  not fastrnn: {reason}" for reason in reasons)
-                ] = 1
+                calls[_by_torch(title, reasons)] = 1
+            elif isinstance(part, torch.jit.ScriptModule) and part.original_name in convert.NAMES:
+                title = f"{name or 'the module itself'} ({part.original_name})"
+                calls[_by_torch(title, ["torch.jit.script has compiled it"])] = 1
         buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
         try:
             with torch.no_grad(), torch.random.fork_rng():
@@ -72,6 +75,10 @@ def explain(module: torch.nn.Module, *args: Any, **kwargs: Any) -> str:
     return text
 
 
+def _by_torch(title: str, reasons: list[str]) -> str:
+    return f"{title}: computed by torch.nn\n" + "\n".join(f"  not fastrnn: {reason}" for reason in reasons)
+
+
 def _place(module: torch.nn.Module, index: int, recorded: int) -> str:
     """Which layer and direction the call of this index was."""
     if not isinstance(module, Layers):
@@ -79,4 +86,5 @@ def _place(module: torch.nn.Module, index: int, recorded: int) -> str:
     directions = 2 if module.bidirectional else 1
     if recorded < module.num_layers * directions:  # torch's operator took them all in one call.
         return ", all layers"
-    return f", layer {index // directions}" + (" reverse" if index % directions else "")
+    layer = index // directions % module.num_layers  # A subclass may call super().forward() several times.
+    return f", layer {layer}" + (" reverse" if index % directions else "")

@@ -1,8 +1,10 @@
 """accelerate() and restore() on models as they are found in other projects."""
 
+import abc
 import copy
 import io
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -34,9 +36,22 @@ class Named(nn.LSTM):
         return self.hidden_size
 
 
-class Doubling(nn.GRU):
+class Calling(abc.ABC, nn.RNNBase):
+    """As in packages that share a forward pass between subclasses of nn.LSTM and nn.GRU."""
+
+    def forward(self, input, hx=None, *, times=1):  # type: ignore[no-untyped-def, override]
+        for _ in range(times):
+            input, hx = super().forward(input, hx)
+        return input, hx
+
+
+class CallingLSTM(Calling, nn.LSTM):
+    pass
+
+
+class CallingUnbound(nn.LSTM):
     def forward(self, input, hx=None):  # type: ignore[no-untyped-def, override]
-        return super().forward(input * 2, hx)
+        return nn.LSTM.forward(self, input, hx)
 
 
 TOKENS = torch.randint(10, (3, 8), generator=torch.Generator().manual_seed(0))
@@ -94,13 +109,45 @@ def test_restore_leaves_our_own_modules_alone() -> None:
 
 
 def test_subclasses() -> None:
-    named, doubling = fastrnn.accelerate(Named(3, 4)), fastrnn.accelerate(Doubling(3, 4))
+    named = fastrnn.accelerate(Named(3, 4))
     assert isinstance(named, Named) and isinstance(named, fastrnn.nn.LSTM) and named.units() == 4
-    assert type(doubling) is Doubling
     copied = pickle.loads(pickle.dumps(named))
     x = torch.randn(2, 1, 3)
     assert torch.equal(copied(x)[0], named(x)[0])
     assert type(fastrnn.restore(named)) is Named
+
+
+def test_a_forward_pass_that_calls_torchs_gets_ours() -> None:
+    layer = CallingLSTM(4, 4, num_layers=2, bidirectional=True, proj_size=2)
+    x = torch.randn(5, 3, 4)
+    expected = layer(x, times=2)
+    gradients = torch.autograd.grad(expected[0].sum(), list(layer.parameters()))
+    fastrnn.accelerate(layer, backend="reference")
+    assert isinstance(layer, CallingLSTM) and isinstance(layer, fastrnn.nn.LSTM)
+    text = fastrnn.explain(layer, x, times=2)
+    assert all(f"2 calls of the module itself (CallingLSTM), layer {place}" in text for place in ("0 reverse:", "1:"))
+    assert text.count("reference (backend='reference')") == 4
+    found = pickle.loads(pickle.dumps(layer))(x, times=2)
+    torch.testing.assert_close(found, expected)
+    found = layer(x, times=2)
+    torch.testing.assert_close(torch.autograd.grad(found[0].sum(), list(layer.parameters())), gradients)
+    assert type(fastrnn.restore(layer)) is CallingLSTM
+    assert torch.equal(layer(x, times=2)[0], expected[0])
+
+
+def test_a_forward_pass_that_does_not_is_named() -> None:
+    layer, x = CallingUnbound(3, 4), torch.randn(5, 2, 3)
+    expected = layer(x)[0]
+    assert torch.equal(fastrnn.accelerate(layer)(x)[0], expected)
+    assert "its own forward(), which did not call super().forward()" in fastrnn.explain(layer, x)
+
+
+def test_a_scripted_module_is_left_alone_and_named() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit.script is deprecated
+        scripted = torch.jit.script(nn.Sequential(nn.GRU(3, 4)))
+    text = fastrnn.explain(fastrnn.accelerate(scripted), torch.randn(5, 2, 3))
+    assert "computed by torch.nn" in text and "not fastrnn: torch.jit.script has compiled it" in text
 
 
 @pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
@@ -210,7 +257,7 @@ def test_modules_that_are_left_alone_are_named() -> None:
     assert reasons == [
         ["ChecksItself has its own check_forward_args()"],
         ["WithBackend has an attribute backend"],
-        ["GRU has its own forward()"],
+        ["its forward() was replaced"],
     ]
     with pytest.raises(RuntimeError, match="checked"):
         model["a"](torch.zeros(5, 2, 3))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastrnn.backends import AttentionCall, transforming
-from fastrnn.nn.options import check_backend
+from fastrnn.nn.options import check_backend, refuse_scripting
 from fastrnn.ops import attention, key_factors
 from fastrnn.ops.attention import NORMALIZATIONS, check
 from fastrnn.ops.linear import linear
@@ -49,6 +49,8 @@ class Attention(torch.nn.Module):
         super().__init__()
         check_backend(backend)
         self.backend = backend
+
+    __prepare_scriptable__ = refuse_scripting
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in (*self._settings, "backend"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -31,6 +31,14 @@ def draw_seed() -> int | Tensor:
 def check_backend(name: str) -> None:
     if name not in (*backends.NAMES, "auto"):
         raise ValueError(f"backend must be one of {', '.join(map(repr, (*backends.NAMES, 'auto')))}, got {name!r}")
+
+
+def refuse_scripting(self: torch.nn.Module) -> NoReturn:
+    """What torch.jit.script calls first."""
+    raise TypeError(
+        "torch.jit.script compiles torch.nn's modules only: fastrnn.restore(model) turns accelerated modules back, "
+        "and torch.compile, torch.export and torch.jit.trace take fastrnn's as they are"
+    )
 
 
 class WithOptions(torch.nn.Module):
@@ -113,11 +121,7 @@ class WithOptions(torch.nn.Module):
                     # The gates add both biases: the forget bias goes into the first.
                     parameter.chunk(4)[1].fill_(self.forget_bias if name.startswith("bias_ih") else 0)
 
-    def __prepare_scriptable__(self) -> None:
-        raise TypeError(
-            "torch.jit.script compiles torch.nn's modules only: fastrnn.restore(model) turns accelerated modules back, "
-            "and torch.compile and torch.export take fastrnn's as they are"
-        )
+    __prepare_scriptable__ = refuse_scripting
 
     def extra_repr(self) -> str:
         names = [name for name in WithOptions.__annotations__ if name != "_cell"]

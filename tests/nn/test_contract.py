@@ -239,10 +239,61 @@ def test_torchs_tracer_and_tensor_subclasses_get_torchs_operator() -> None:
     torch.testing.assert_close(y.b, theirs(2 * x)[0])
 
 
-def test_scripting_is_refused_with_the_way_out() -> None:
+class Traced(nn.Module):
+    """The first result: torch.jit.trace takes no None, which the weights and the state may be."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.module(*inputs, need_weights=False)[0]
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        fastrnn.nn.AdditiveAttention(4, 4, 5),
+        fastrnn.nn.GeneralAttention(4, 4),
+        fastrnn.nn.AttentionDecoder("lstm", 4, 4, fastrnn.nn.AdditiveAttention(4, 4, 6)),
+        fastrnn.nn.AttentionDecoder("gru", 4, 4, fastrnn.nn.DotAttention(), input_feeding=False),
+    ],
+    ids=lambda module: type(module).__name__,
+)
+def test_torchs_tracer_takes_attention(module: nn.Module) -> None:
+    module = Traced(module)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit.trace is deprecated
+        traced = torch.jit.trace(module, (torch.randn(2, 3, 4), torch.randn(2, 6, 4)))
+    inputs = torch.randn(5, 3, 4), torch.randn(5, 7, 4)
+    torch.testing.assert_close(traced(*inputs), module(*inputs))
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        fastrnn.nn.LSTM(3, 4),
+        fastrnn.nn.GRUCell(3, 4),
+        fastrnn.nn.DotAttention(),
+        fastrnn.nn.SelfAttention(4),
+        fastrnn.nn.AttentionDecoder("rnn", 3, 4, fastrnn.nn.AdditiveAttention(4, 5, 6)),
+        fastrnn.accelerate(nn.GRU(3, 4)),
+    ],
+    ids=lambda module: type(module).__name__,
+)
+def test_scripting_is_refused_with_the_way_out(module: nn.Module) -> None:
     with pytest.raises(TypeError, match=r"fastrnn.restore\(model\)"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.jit.script is deprecated
-        torch.jit.script(nn.Sequential(fastrnn.nn.LSTM(3, 4)))
+        torch.jit.script(nn.Sequential(module))
+
+
+def test_a_restored_model_is_scripted() -> None:
+    model = nn.Sequential(nn.LSTM(3, 4))
+    x = torch.randn(5, 2, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit.script is deprecated
+        scripted = torch.jit.script(fastrnn.restore(fastrnn.accelerate(model)))
+    assert torch.equal(scripted(x)[0], model(x)[0])
 
 
 @pytest.mark.parametrize("kind", [*LAYERS, *CELLS])
