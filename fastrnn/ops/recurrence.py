@@ -282,26 +282,40 @@ def _key(call: RecurrenceCall, backend: str) -> tuple[Any, ...] | None:
     """All that `check` and `choose` look at, or None where that is more than shapes and types."""
     if call.weight_hr is not None or call.batch_sizes is not None or not call.is_plain():
         return None
-    tensors = (call.x, call.weight_ih, call.weight_hh, call.bias_ih, call.bias_hh, call.h0, call.c0)
-    return key_of(tensors, [call.cell, backend])
+    return key_of(_plain_inputs(call), [call.cell, backend])
 
 
 def run_step(call: RecurrenceCall, picked: str) -> tuple[Tensor, Tensor | None]:
     """As `run_on` for a single step, T = 1: h_n and c_n."""
-    inputs = (call.x, call.weight_ih, call.weight_hh, call.bias_ih, call.bias_hh, call.h0, call.c0)
-    if (
-        picked != "cpu"
-        or call.x.dtype is not torch.float32
-        or torch.is_autocast_enabled("cpu")
-        or use_registered_op()
-        or not call.is_plain()
-        or wants_gradients(inputs)
-    ):
-        return run_on(call, picked)[1:3]
+    return _bare_step(call) if picked == "cpu" and _is_bare_step(call) else run_on(call, picked)[1:3]
+
+
+def _is_bare_step(call: RecurrenceCall) -> bool:
+    """Whether a checked call is a single step with neither options nor gradients."""
+    return (
+        call.x.shape[0] == 1
+        and call.x.dtype is torch.float32
+        and call.batch_sizes is None
+        and call.weight_hr is None
+        and call.is_plain()
+        and not use_registered_op()
+        and not torch.is_autocast_enabled("cpu")
+        and not wants_gradients(_plain_inputs(call))
+    )
+
+
+def _bare_step(call: RecurrenceCall) -> tuple[Tensor, Tensor | None]:
+    """Straight to the kernel: `run_on` takes 12 us more, a third of a small layer's step."""
     h = call.x.new_empty(call.x.shape[1], call.weight_hh.shape[1])
-    c = h.new_empty(h.shape) if call.cell == "lstm" else None
-    cpu.launch_step(call.cell, *inputs, h, c, None)
+    c = torch.empty_like(h) if call.cell == "lstm" else None
+    cpu.launch_step(call.cell, *_plain_inputs(call), h, c, None)
     return h, c
+
+
+def _plain_inputs(
+    call: RecurrenceCall,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    return call.x, call.weight_ih, call.weight_hh, call.bias_ih, call.bias_hh, call.h0, call.c0
 
 
 BackendResult = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
@@ -313,6 +327,9 @@ def run_on(call: RecurrenceCall, picked: str) -> BackendResult:
         return aten.run(call)
     if picked == "reference":
         return reference.run(call)
+    if picked == "cpu" and _is_bare_step(call):
+        h, c = _bare_step(call)
+        return h.unsqueeze(0).clone(), h, c, None
     cell, inputs, options = _prepare(call, picked)
     if wants_gradients(inputs):
         y, h_n, c_n, c_all = _Recurrence.apply(picked, cell, call.return_cell_states, *inputs, *options)

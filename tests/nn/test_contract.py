@@ -321,6 +321,8 @@ def test_import_takes_less_than_a_tenth_of_a_second_beyond_torchs() -> None:
 
 
 def test_public_names() -> None:
-    assert set(fastrnn.__all__) == {"accelerate", "explain", "nn", "plot", "restore", "search"}
+    assert set(fastrnn.__all__) == {
+        *("accelerate", "explain", "from_keras", "from_onnx", "nn", "plot", "restore", "search"),
+    }
     assert all(hasattr(fastrnn, name) for name in fastrnn.__all__)
     assert fastrnn.__version__[0].isdigit()
