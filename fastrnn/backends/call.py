@@ -40,6 +40,7 @@ class RecurrenceCall:
     reset_after: bool = True
     reverse: bool = False
     return_cell_states: bool = False  # every c_t [T, B, H] as well (LSTM)
+    remembered: bool = False  # set where the choice of a back end is: plain tensors, no option, no autocast, no tracing
 
     def tensors(self) -> dict[str, Tensor]:
         """The floating tensors that are given, by name."""

@@ -271,6 +271,7 @@ _decided: dict[tuple[Any, ...], str] = {}
 def decide(call: RecurrenceCall, backend: str) -> str:
     """`check` and `backends.choose`, remembered for plain calls: they took 12 of the 24 us of a small step."""
     key = _key(call, backend)
+    call.remembered = key is not None
     picked = None if key is None else _decided.get(key)
     if picked is None:
         picked = backends.choose(check(call), backend)
@@ -291,15 +292,11 @@ def run_step(call: RecurrenceCall, picked: str) -> tuple[Tensor, Tensor | None]:
 
 
 def _is_bare_step(call: RecurrenceCall) -> bool:
-    """Whether a checked call is a single step with neither options nor gradients."""
+    """Whether a call is a single step with neither options nor gradients. Those that are remembered have no options."""
     return (
-        call.x.shape[0] == 1
+        call.remembered
+        and call.x.shape[0] == 1
         and call.x.dtype is torch.float32
-        and call.batch_sizes is None
-        and call.weight_hr is None
-        and call.is_plain()
-        and not use_registered_op()
-        and not torch.is_autocast_enabled("cpu")
         and not wants_gradients(_plain_inputs(call))
     )
 

@@ -379,7 +379,8 @@ def _options_of_the_functions(cell: str) -> tuple[str, ...]:
 @pytest.mark.parametrize("cell", CELLS)
 def test_recurrent_layer_passes_every_argument(cell: str) -> None:
     call, _ = Case(cell, 5, 4, 6, 7, _options_of_the_functions(cell), reverse=True).draw()
-    names = [f for f in call.__slots__ if f not in ("cell", "x", "return_cell_states", "weight_ih", "weight_hh")]
+    others = ("cell", "x", "return_cell_states", "weight_ih", "weight_hh", "remembered")
+    names = [name for name in call.__slots__ if name not in others]
     arguments = {name: getattr(call, name) for name in names}
     y, h_n, c_n = recurrent_layer(cell, call.x, call.weight_ih, call.weight_hh, **arguments, backend="reference")
     expected = forward(call, "reference")
