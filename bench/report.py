@@ -211,7 +211,10 @@ def search_table(rows: dict[str, Row], dtype: str) -> str | None:
 def provenance(data: dict[str, Any]) -> str:
     """Device, instruction set, versions, commits and dates of all rows of one machine."""
     newest = data["runs"][max(data["runs"])]
-    packages = ", ".join(f"{name} {version}" for name, version in newest["versions"].items())
+    versions: dict[str, str] = {}  # a run of some suites has others than one of all; of each package the newest
+    for _, run in sorted(data["runs"].items()):
+        versions |= run["versions"]
+    packages = ", ".join(f"{name} {version}" for name, version in versions.items())
     commits = dict.fromkeys(f"{run['commit']} on {id[:10]}" for id, run in data["runs"].items())
     disturbed = [id for id, row in data["rows"].items() if (row["neighbours"] or 0) > NEIGHBOURS_ALLOWED]
     warning = f" Other processes took part of the CPU during {', '.join(disturbed)}." if disturbed else ""

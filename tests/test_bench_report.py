@@ -223,6 +223,9 @@ def test_merging_replaces_whole_rows_and_drops_what_nothing_names():
     assert merged["rows"][LSTM.id] == {"run": "2026-11-21T10:00:00Z"} | row(LSTM, ours=0.005)
     assert merged["rows"][STEP.id] == data["rows"][STEP.id]
     assert "abc on 2026-11-20, def on 2026-11-21" in report.provenance(merged)
+    first, second = merged["runs"].values()
+    first["versions"], second["versions"] = {"torch": "2.12", "jax": "0.10"}, {"torch": "2.13"}
+    assert "; torch 2.13, jax 0.10; measured" in report.provenance(merged)
     merged = results.merge(merged, "2026-11-21T10:00:00Z", RUN | {"commit": "def"}, STEP, row(STEP))
     assert list(merged["runs"]) == ["2026-11-21T10:00:00Z"]
 
