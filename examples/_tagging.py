@@ -8,6 +8,7 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,13 +17,12 @@ import torch
 from _seq2seq import pad
 from _trainer import (
     Parser,
-    Trainer,
     add_arguments,
     choose_device,
-    cosine,
     describe_environment,
     evenly,
     fail,
+    make_trainer,
     positive_int,
     prepare_output,
     print_device,
@@ -292,20 +292,12 @@ def train_taggers(
     compute_loss = TaggingLoss(corpus, args.batch, args.seed, device)
     runs = {}
     for name in args.models:
-        torch.manual_seed(args.seed)
-        try:
-            model = Tagger(corpus, args, bidirectional=name == "bidirectional").to(device)
-            with torch.no_grad():
-                compute_loss(model, 0, None)
-        except (ValueError, NotImplementedError) as error:
-            fail(f"--backend {args.backend}: {error}")
-        runs[name] = Trainer(
-            model,
+        runs[name] = make_trainer(
+            partial(Tagger, corpus, args, bidirectional=name == "bidirectional"),
             compute_loss,
-            lr=args.lr,
-            clip=args.clip,
-            schedule=lambda iteration: cosine(iteration, args.iterations, WARM_UP),
-            parallel=args.parallel,
+            args,
+            device,
+            WARM_UP,
         )
     digest = hashlib.sha256(json.dumps(corpus.parts).encode()).hexdigest()
     settings = {name: getattr(args, name) for name in CURVE_OPTIONS} | {"data": digest}

@@ -280,6 +280,31 @@ class Trainer:
         self.seconds = state["seconds"]
 
 
+def make_trainer(
+    make_model: Callable[[], nn.Module],
+    compute_loss: Callable[[nn.Module, int, Any], tuple[Tensor, Any]],
+    args: argparse.Namespace,
+    device: torch.device,
+    warm_up: int = 0,
+) -> Trainer:
+    """A trainer as the options say, by the schedule ``cosine``; fails with one line if --backend cannot compute it."""
+    torch.manual_seed(args.seed)
+    try:
+        model = make_model().to(device)
+        with torch.no_grad():
+            compute_loss(model, 0, None)
+    except (ValueError, NotImplementedError) as error:
+        fail(f"--backend {args.backend}: {error}")
+    return Trainer(
+        model,
+        compute_loss,
+        lr=args.lr,
+        clip=args.clip,
+        schedule=lambda iteration: cosine(iteration, args.iterations, warm_up),
+        parallel=args.parallel,
+    )
+
+
 def resume(runs: dict[str, Trainer], folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """Set the runs to where the checkpoint in that folder left them; fails with one line if that cannot be.
 

@@ -18,6 +18,7 @@ import json
 import statistics
 import sys
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -35,12 +36,11 @@ from _seq2seq import (
 )
 from _trainer import (
     Parser,
-    Trainer,
     add_arguments,
     choose_device,
-    cosine,
     describe_environment,
     fail,
+    make_trainer,
     positive_int,
     prepare_output,
     print_device,
@@ -246,21 +246,8 @@ def main() -> int:
 
     pairs, validation, test = parts["train"].pairs(), parts["validation"].pairs(), parts["test"]
     compute_loss = PairLoss(pairs, args.batch, args.label_smoothing, args.seed, device)
-    torch.manual_seed(args.seed)
-    try:
-        model = make_model(args).to(device)
-        with torch.no_grad():
-            compute_loss(model, 0, None)
-    except (ValueError, NotImplementedError) as error:
-        fail(f"--backend {args.backend}: {error}")
-    run = Trainer(
-        model,
-        compute_loss,
-        lr=args.lr,
-        clip=args.clip,
-        schedule=lambda iteration: cosine(iteration, args.iterations, WARM_UP),
-        parallel=args.parallel,
-    )
+    run = make_trainer(partial(make_model, args), compute_loss, args, device, WARM_UP)
+    model = run.model
     runs = {args.cell: run}
     settings = {name: getattr(args, name) for name in CURVE_OPTIONS} | {"data": digest}
     state: dict[str, Any] = resume(runs, args.output, settings) if args.resume else {"history": []}

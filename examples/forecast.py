@@ -15,6 +15,7 @@ import math
 import statistics
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,12 @@ import pandas
 import torch
 from _trainer import (
     Parser,
-    Trainer,
     add_arguments,
     choose_device,
-    cosine,
     describe_environment,
     evenly,
     fail,
+    make_trainer,
     markdown,
     positive_int,
     prepare_output,
@@ -231,21 +231,8 @@ def main() -> int:
     prepare_output(args.output)
 
     compute_loss = ForecastLoss(many, args.batch, args.seed, device)
-    torch.manual_seed(args.seed)
-    try:
-        model = Forecaster(args.cell, args.hidden, args.backend).to(device)
-        with torch.no_grad():
-            compute_loss(model, 0, None)
-    except (ValueError, NotImplementedError) as error:
-        fail(f"--backend {args.backend}: {error}")
-    run = Trainer(
-        model,
-        compute_loss,
-        lr=args.lr,
-        clip=args.clip,
-        schedule=lambda iteration: cosine(iteration, args.iterations),
-        parallel=args.parallel,
-    )
+    run = make_trainer(partial(Forecaster, args.cell, args.hidden, args.backend), compute_loss, args, device)
+    model = run.model
     runs = {args.cell: run}
     digest = hashlib.sha256()
     for series in many:

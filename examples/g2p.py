@@ -22,6 +22,7 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,9 @@ from _trainer import (
     Trainer,
     add_arguments,
     choose_device,
-    cosine,
     describe_environment,
     fail,
+    make_trainer,
     markdown,
     positive_int,
     prepare_output,
@@ -383,21 +384,7 @@ def main() -> int:
     compute_loss = PairLoss(pairs, args.batch, args.label_smoothing, args.seed, device)
     runs: dict[str, Trainer] = {}
     for name in args.models:
-        torch.manual_seed(args.seed)
-        try:
-            model = make_model(name, corpus, args).to(device)
-            with torch.no_grad():
-                compute_loss(model, 0, None)
-        except (ValueError, NotImplementedError) as error:
-            fail(f"--backend {args.backend}: {error}")
-        runs[name] = Trainer(
-            model,
-            compute_loss,
-            lr=args.lr,
-            clip=args.clip,
-            schedule=lambda iteration: cosine(iteration, args.iterations, WARM_UP),
-            parallel=args.parallel,
-        )
+        runs[name] = make_trainer(partial(make_model, name, corpus, args), compute_loss, args, device, WARM_UP)
     settings = {name: getattr(args, name) for name in CURVE_OPTIONS} | {"data": corpus.digest}
     state: dict[str, Any] = resume(runs, args.output, settings) if args.resume else {"history": []}
 

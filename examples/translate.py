@@ -21,6 +21,7 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -41,9 +42,9 @@ from _trainer import (
     Trainer,
     add_arguments,
     choose_device,
-    cosine,
     describe_environment,
     fail,
+    make_trainer,
     markdown,
     positive_int,
     prepare_output,
@@ -388,21 +389,7 @@ def main() -> int:
         pairs = each.encode_pairs(training)
         longest[name] = 2 * pairs.target.shape[1]
         compute_loss = PairLoss(pairs, args.batch, args.label_smoothing, args.seed, device)
-        torch.manual_seed(args.seed)
-        try:
-            model = make_model(each, args).to(device)
-            with torch.no_grad():
-                compute_loss(model, 0, None)
-        except (ValueError, NotImplementedError) as error:
-            fail(f"--backend {args.backend}: {error}")
-        runs[name] = Trainer(
-            model,
-            compute_loss,
-            lr=args.lr,
-            clip=args.clip,
-            schedule=lambda iteration: cosine(iteration, args.iterations, WARM_UP),
-            parallel=args.parallel,
-        )
+        runs[name] = make_trainer(partial(make_model, each, args), compute_loss, args, device, WARM_UP)
     settings = {name: getattr(args, name) for name in CURVE_OPTIONS} | {"data": corpus.digest}
     state: dict[str, Any] = resume(runs, args.output, settings) if args.resume else {"history": []}
 

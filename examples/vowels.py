@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import sys
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,10 @@ from _trainer import (
     Trainer,
     add_arguments,
     choose_device,
-    cosine,
     describe_environment,
     evenly,
     fail,
+    make_trainer,
     markdown,
     positive_int,
     prepare_output,
@@ -227,20 +228,11 @@ def main() -> int:
     channels, classes = learned.x.shape[2], len(corpus.names)
     runs: dict[str, Trainer] = {}
     for name in MODELS:
-        torch.manual_seed(args.seed)
-        try:
-            model = Classifier(channels, classes, args, with_lengths=name == "lengths").to(device)
-            with torch.no_grad():
-                compute_loss(model, 0, None)
-        except (ValueError, NotImplementedError) as error:
-            fail(f"--backend {args.backend}: {error}")
-        runs[name] = Trainer(
-            model,
+        runs[name] = make_trainer(
+            partial(Classifier, channels, classes, args, with_lengths=name == "lengths"),
             compute_loss,
-            lr=args.lr,
-            clip=args.clip,
-            schedule=lambda iteration: cosine(iteration, args.iterations),
-            parallel=args.parallel,
+            args,
+            device,
         )
     settings = {name: getattr(args, name) for name in CURVE_OPTIONS} | {"data": corpus.digest}
     state: dict[str, Any] = resume(runs, args.output, settings) if args.resume else {"history": []}
