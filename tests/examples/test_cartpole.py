@@ -2,13 +2,6 @@
 
 import copy
 import dataclasses
-import importlib
-import itertools
-import json
-import signal
-import sys
-from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
 
 import matplotlib.image
@@ -17,40 +10,18 @@ import torch
 
 import fastrnn
 from tests.accuracy import assert_as_accurate_over
+from tests.examples.conftest import BAD_OPTIONS, Program
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
 TINY = ("--hidden", 16, "--batch", 8, "--steps", 32, "--epochs", 2, "--device", "cpu")
 
 
-@pytest.fixture(scope="module")
-def example() -> ModuleType:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(EXAMPLES)
-        return importlib.import_module("cartpole")
-
-
 @pytest.fixture(autouse=True)
-def folder(example: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Where the programs run, one thread each: with more, tiny steps wait for other programs on the same cores."""
-    monkeypatch.chdir(tmp_path)
+def few_episodes(example: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(example, "EPISODES", 10)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield tmp_path
-    torch.set_num_threads(threads)
 
 
-def run(example: ModuleType, monkeypatch: pytest.MonkeyPatch, *options: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["cartpole.py", *map(str, (*TINY, *options))])
-    return example.main()
-
-
-def metrics_of(folder: Path, name: str) -> dict:
-    return json.loads((folder / name / "metrics.json").read_text())
-
-
-def checkpoint_of(folder: Path, name: str) -> dict:
-    return torch.load(folder / name / "checkpoint.pt", weights_only=True)
+def checkpoint() -> dict:
+    return torch.load("out/checkpoint.pt", weights_only=True)
 
 
 def make_loss(example: ModuleType, batch: int = 16, steps: int = 40, seed: int = 0):
@@ -62,20 +33,19 @@ def make_policy(example: ModuleType, cell: str, hidden: int = 16):
 
 
 def test_memory_balances_the_pole(
-    example: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    program: Program, example: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Without memory a policy returns 45 at most, however long it learns; with it five seeds returned over 160."""
     monkeypatch.setattr(example, "ROWS", 2)
     options = ("--cells", "lstm", "--lr", 0.01, "--hidden", 32, "--batch", 32, "--epochs", 8, "--iterations", 160)
-    assert run(example, monkeypatch, *options, "--output", "out") == 0
-    metrics = metrics_of(folder, "out")
+    metrics = program.run(*options)
     assert [row["iteration"] for row in metrics["history"]] == [1, 80, 160]
     assert metrics["history"][0]["policies"]["lstm"]["return"]["mean"] < 45
     result = metrics["policies"]["lstm"]
     assert result["return"]["mean"] > 100
     assert 0 < result["gradient_difference"] < 1e-5 and result["loss_difference"] < 1e-5
     assert result["speed_up"] == pytest.approx(result["loop_ms"] / result["fastrnn_ms"])
-    assert matplotlib.image.imread(folder / "out" / "returns.png").std() > 0.05
+    assert matplotlib.image.imread("out/returns.png").std() > 0.05
     assert f"lstm  mean return {result['return']['mean']:.1f}" in capsys.readouterr().out
 
 
@@ -158,22 +128,11 @@ def test_episodes_that_are_cut_have_a_value(example: ModuleType, monkeypatch: py
 
 
 def test_resume_goes_on_with_the_parameters(
-    example: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    program: Program, example: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = ("--cells", "gru", "none", "--iterations", 6, "--output", "out")
-    evaluate, calls = example.evaluate, itertools.count()
-
-    def interrupted(*arguments: object):
-        if next(calls) == 7:
-            signal.raise_signal(signal.SIGINT)
-        return evaluate(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(example, "evaluate", interrupted)
-        assert run(example, patch, *options) == 130
-    assert "Stopped at iteration 4; go on with: python cartpole.py" in capsys.readouterr().out
-    assert not (folder / "out" / "metrics.json").exists()
-    saved = checkpoint_of(folder, "out")
+    options = ("--cells", "gru", "none", "--iterations", 6)
+    program.interrupt("cartpole.evaluate", *options, call=8, iteration=4)
+    saved = checkpoint()
     collect, seen = example.RolloutLoss.collect, []
 
     def watched(self, policy: torch.nn.Module):
@@ -182,53 +141,34 @@ def test_resume_goes_on_with_the_parameters(
 
     with monkeypatch.context() as patch:
         patch.setattr(example.RolloutLoss, "collect", watched)
-        assert run(example, patch, *options, "--resume") == 0
+        history = program.run(*options, "--resume")["history"]
     for (parameters, fresh), cell in zip(seen, ("gru", "none")):
         expected = {name.removeprefix("model."): value for name, value in saved["runs"][cell]["model"].items()}
         torch.testing.assert_close(parameters, expected, rtol=0, atol=0)
         assert fresh
-    history = metrics_of(folder, "out")["history"]
     assert [row["iteration"] for row in history] == [1, 2, 3, 4, 5, 6]
     assert history[:4] == saved["state"]["history"]
 
-    with pytest.raises(SystemExit, match="2"):
-        run(example, monkeypatch, *options, "--resume", "--hidden", 8)
-    assert "the checkpoint was made with hidden 16, not 8" in capsys.readouterr().err
+    assert "the checkpoint was made with hidden 16, not 8" in program.error(*options, "--resume", "--hidden", 8)
 
 
-def test_reference_agrees(example: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reference_agrees(program: Program) -> None:
+    losses = []
     for backend in ("auto", "reference"):
-        options = ("--cells", "lstm", "--iterations", 6, "--backend", backend, "--output", backend)
-        assert run(example, monkeypatch, *options) == 0
-    ours, theirs = (checkpoint_of(folder, backend)["runs"]["lstm"]["losses"] for backend in ("auto", "reference"))
+        program.run("--cells", "lstm", "--iterations", 6, "--backend", backend)
+        losses.append(checkpoint()["runs"]["lstm"]["losses"])
+    ours, theirs = losses
     assert len(ours) == 6
     assert ours == pytest.approx(theirs, rel=1e-4)
 
 
-BAD_INPUT = {
+BAD_INPUT = BAD_OPTIONS | {
     "steps": (("--steps", 1), "--steps must be at least 2, got 1"),
     "cell": (("--cells", "qrnn"), "argument --cells: invalid choice: 'qrnn'"),
-    "no permission": (("--output", "/sys/fastrnn"), "--output /sys/fastrnn cannot be written:"),
-    "back end": (("--backend", "fortran"), "--backend fortran: backend must be"),
     "no resets": (("--backend", "aten"), "--backend aten: backend 'aten' cannot compute this call"),
-    "nothing to resume": (("--resume", "--output", "new"), "--resume: there is no checkpoint new/checkpoint.pt"),
-    "damaged": (("--resume", "--output", "damaged"), "is not a checkpoint of this program"),
 }
 
 
-@pytest.mark.parametrize(("arguments", "message"), BAD_INPUT.values(), ids=BAD_INPUT)
-def test_bad_input_gets_one_line(
-    example: ModuleType,
-    folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    arguments: tuple[object, ...],
-    message: str,
-) -> None:
-    (folder / "damaged").mkdir()
-    (folder / "damaged" / "checkpoint.pt").write_bytes(b"not a checkpoint")
-    with pytest.raises(SystemExit, match="2"):
-        run(example, monkeypatch, *arguments)
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    assert printed.err.startswith("cartpole: error: ") and message in printed.err and printed.err.count("\n") == 1
+@pytest.mark.parametrize(("options", "message"), BAD_INPUT.values(), ids=BAD_INPUT)
+def test_bad_input_gets_one_line(program: Program, options: tuple[object, ...], message: str) -> None:
+    assert message in program.error(*options)

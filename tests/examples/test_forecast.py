@@ -1,12 +1,6 @@
 """Forecasts as a user runs them, but tiny, of series whose next value follows from those before."""
 
 import dataclasses
-import importlib
-import itertools
-import json
-import signal
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -16,22 +10,14 @@ import pytest
 import torch
 
 from tests.accuracy import assert_as_accurate
+from tests.examples.conftest import BAD_OPTIONS, Program, loss_curve
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
 TINY = ("--data", "series.csv", "--season", 4, "--hidden", 16, "--batch", 16, "--lr", 0.02, "--device", "cpu")
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def example() -> Iterator[ModuleType]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(EXAMPLES)
-        yield importlib.import_module("forecast")
-
-
 @pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Where the programs run, one thread each: with more, tiny steps wait for other programs on the same cores."""
+def series(folder: Path) -> None:
     steps = np.arange(120)
     noise = np.random.default_rng(0).normal(0, 0.02, (2, 120))
     long = 3 + np.sin(steps * 1.3) + noise[0]
@@ -40,29 +26,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for i in range(120):
         # A gap within, and an end before the other's.
         lines.append(f"day {i},{long[i]},{'' if i == 7 or i >= 90 else short[i]}")
-    (tmp_path / "series.csv").write_text("\n".join(lines) + "\n")
-    monkeypatch.chdir(tmp_path)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield tmp_path
-    torch.set_num_threads(threads)
-
-
-def run(example: ModuleType, monkeypatch: pytest.MonkeyPatch, *options: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["forecast.py", *map(str, (*TINY, *options))])
-    return example.main()
-
-
-def metrics(name: str) -> dict:
-    return json.loads((Path(name) / "metrics.json").read_text())
+    (folder / "series.csv").write_text("\n".join(lines) + "\n")
 
 
 @pytest.mark.parametrize("cell", ["rnn", "lstm", "gru"])
-def test_learns_two_series(
-    example: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], cell: str
-) -> None:
-    assert run(example, monkeypatch, "--cell", cell, "--iterations", 100, "--output", "out") == 0
-    written = metrics("out")
+def test_learns_two_series(program: Program, capsys: pytest.CaptureFixture[str], cell: str) -> None:
+    written = program.run("--cell", cell, "--iterations", 100)
     assert [row["iteration"] for row in written["history"]] == list(range(10, 101, 10))
     assert [(result["values"], result["test_values"]) for result in written["series"].values()] == [(120, 30), (90, 23)]
     printed = capsys.readouterr().out
@@ -128,33 +97,10 @@ def test_windows_end_where_the_test_part_begins(example: ModuleType) -> None:
     torch.testing.assert_close(torch.std_mean(changes[:89], correction=0), (torch.tensor(1.0), torch.tensor(0.0)))
 
 
-def test_resume_after_interrupt_is_the_same_run(
-    example: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    options = ("--iterations", 40, "--output")
-    assert run(example, monkeypatch, *options, "whole") == 0
-
-    step = example.Trainer.step
-    calls = itertools.count(1)
-
-    def interrupted(trainer: object) -> None:
-        if next(calls) == 14:
-            signal.raise_signal(signal.SIGINT)
-        step(trainer)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(example.Trainer, "step", interrupted)
-        assert run(example, patch, *options, "parts") == 130
-    assert "Stopped at iteration 14; go on with: python forecast.py" in capsys.readouterr().out
-    assert not Path("parts/metrics.json").exists()
-    assert run(example, monkeypatch, *options, "parts", "--resume") == 0
-    whole, parts = metrics("whole"), metrics("parts")
-    assert whole.pop("environment") and parts.pop("environment")  # with the load at the start
-    assert whole == parts
-
-    with pytest.raises(SystemExit, match="2"):
-        run(example, monkeypatch, *options, "parts", "--resume", "--season", 5)
-    assert "the checkpoint was made with data" in capsys.readouterr().err
+def test_resume_after_interrupt_is_the_same_run(program: Program) -> None:
+    options = ("--iterations", 40)
+    program.check_resume("_trainer.Trainer.step", *options, call=14, iteration=14)
+    assert "the checkpoint was made with data" in program.error(*options, "--resume", "--season", 5)
 
 
 @pytest.mark.parametrize("cell", ["rnn", "lstm", "gru"])
@@ -167,10 +113,7 @@ def test_kernels_agree_with_the_reference(example: ModuleType, cell: str) -> Non
         model = example.Forecaster(cell, 16, backend).to(dtype)
         compute_loss = example.ForecastLoss(series, 16, 0, CPU)
         compute_loss.windows = compute_loss.windows.to(dtype)
-        trainer = example.Trainer(model, compute_loss, lr=0.01, clip=1.0)
-        for _ in range(10):
-            trainer.step()
-        curves.append(torch.tensor(trainer.losses, dtype=dtype))
+        curves.append(torch.tensor(loss_curve(model, compute_loss, 10, 0.01), dtype=dtype))
     assert_as_accurate(*curves)
 
 
@@ -182,7 +125,7 @@ def test_packaged_data(example: ModuleType) -> None:
     assert np.isfinite(spots.values).all() and np.isfinite(air.values).all()
 
 
-BAD_INPUT = {
+BAD_INPUT = BAD_OPTIONS | {
     "missing": (("--data", "nowhere.csv"), "--data nowhere.csv cannot be read: No such file or directory"),
     "empty": ("", "--data bad.csv is not a CSV file: "),
     "binary": (b"\xff\xfe\x00\x89", "--data bad.csv is not a CSV file: "),
@@ -192,25 +135,12 @@ BAD_INPUT = {
     "infinite": ("a\n" + "1\n2\n" * 25 + "inf\n", "--data bad.csv: series 'a' has infinite values"),
     "constant": ("a\n" + "1\n" * 50, "--data bad.csv: series 'a' changes by the same at each step"),
     "season": (("--season", 0), "argument --season: must be a positive integer, got '0'"),
-    "back end": (("--backend", "fortran"), "--backend fortran: backend must be"),
-    "no permission": (("--output", "/sys/fastrnn"), "--output /sys/fastrnn cannot be written:"),
-    "nothing to resume": (("--resume", "--output", "new"), "--resume: there is no checkpoint new/checkpoint.pt"),
 }
 
 
 @pytest.mark.parametrize(("case", "message"), BAD_INPUT.values(), ids=BAD_INPUT)
-def test_bad_input_gets_one_line(
-    example: ModuleType,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    case: tuple[object, ...] | str | bytes,
-    message: str,
-) -> None:
+def test_bad_input_gets_one_line(program: Program, case: tuple[object, ...] | str | bytes, message: str) -> None:
     options = case if isinstance(case, tuple) else ("--data", "bad.csv")
     if not isinstance(case, tuple):
         Path("bad.csv").write_bytes(case.encode() if isinstance(case, str) else case)
-    with pytest.raises(SystemExit, match="2"):
-        run(example, monkeypatch, *options)
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    assert printed.err.startswith("forecast: error: ") and message in printed.err and printed.err.count("\n") == 1
+    assert message in program.error(*options)

@@ -1,11 +1,8 @@
-"""Named entities as a user runs it, but tiny, on an invented language; more on taggers is in test_example_pos.py."""
+"""Named entities as a user runs it, but tiny, on an invented language; more on taggers is in test_pos.py."""
 
 import importlib
 import itertools
-import json
 import random
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -13,7 +10,8 @@ import matplotlib.image
 import pytest
 import torch
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+from tests.examples.conftest import Program
+
 TINY = ("--data", "tweets", "--hidden", 16, "--embedding", 8, "--letter-hidden", 8, "--batch", 16, "--dropout", 0)
 TINY += ("--lr", 0.02, "--device", "cpu")
 FILES = ("wnut17train.conll", "emerging.dev.conll", "emerging.test.annotated")
@@ -35,36 +33,15 @@ def sentences(count: int, seed: int) -> str:
     return text
 
 
-@pytest.fixture(scope="module")
-def ner() -> Iterator[ModuleType]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(EXAMPLES)
-        yield importlib.import_module("ner")
-
-
 @pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Where the programs run, one thread each: with more, tiny steps wait for other programs on the same cores."""
-    (tmp_path / "tweets").mkdir()
+def tweets(folder: Path) -> None:
+    (folder / "tweets").mkdir()
     for seed, (name, count) in enumerate(zip(FILES, (150, 40, 40), strict=True)):
-        (tmp_path / "tweets" / name).write_text(sentences(count, seed))
-    monkeypatch.chdir(tmp_path)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield tmp_path
-    torch.set_num_threads(threads)
+        (folder / "tweets" / name).write_text(sentences(count, seed))
 
 
-def run(ner: ModuleType, monkeypatch: pytest.MonkeyPatch, *options: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["ner.py", *map(str, (*TINY, *options))])
-    return ner.main()
-
-
-def test_finds_new_names(
-    ner: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(ner, monkeypatch, "--iterations", 100, "--output", "out") == 0
-    metrics = json.loads((folder / "out" / "metrics.json").read_text())
+def test_finds_new_names(program: Program, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = program.run("--iterations", 100)
     result = metrics["models"]["bidirectional"]
     true = (folder / "tweets" / FILES[2]).read_text()
     assert result["entity_f1"] > 0.9
@@ -78,36 +55,33 @@ def test_finds_new_names(
     assert sample["found"]["bidirectional"] == sample["true"]
     assert len({*sample["true"]} - {"O"}) >= 2
     printed = capsys.readouterr().out
-    assert (folder / "out" / "table.md").read_text() in printed
+    assert Path("out/table.md").read_text() in printed
     assert all(part in printed for part in sample["words"] + sample["true"])
-    assert matplotlib.image.imread(folder / "out" / "entities.png").std() > 0.05
+    assert matplotlib.image.imread("out/entities.png").std() > 0.05
 
 
-def test_back_ends_agree(ner: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    histories = []
-    for backend in ("cpu", "reference"):
-        assert run(ner, monkeypatch, "--iterations", 20, "--backend", backend, "--output", backend) == 0
-        histories.append(json.loads((folder / backend / "metrics.json").read_text())["history"])
+def test_back_ends_agree(program: Program) -> None:
+    histories = (program.run("--iterations", 20, "--backend", name)["history"] for name in ("cpu", "reference"))
     for a, b in zip(*histories, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
 
 
-def test_parts(ner: ModuleType) -> None:
+def test_parts(example: ModuleType) -> None:
     """The test part is left as it is, of the others' sentences every tenth is for validation."""
-    parts = ner.read_sentences(Path("tweets"))
+    parts = example.read_sentences(Path("tweets"))
     assert {name: len(part) for name, part in parts.items()} == {"train": 171, "validation": 19, "test": 40}
     words = [word for sentence, _ in parts["test"] for word in sentence]
     assert words == [line.split("\t")[0] for line in Path("tweets", FILES[2]).read_text().split("\n") if line.strip()]
 
 
-def test_words_are_cut_as_in_the_test_part(ner: ModuleType) -> None:
+def test_words_are_cut_as_in_the_test_part(example: ModuleType) -> None:
     words, tags = ["I'm", "@Ann", "http://a.b/c", "in", "St.", "Paul", "t-shirt", "..."], ["O", "B-person", "O", "O"]
-    found = ner.split_words(words, [*tags, "B-location", "I-location", "O", "O"])
+    found = example.split_words(words, [*tags, "B-location", "I-location", "O", "O"])
     assert " ".join(found[0]) == "I ' m @ Ann http://a.b/c in St . Paul t-shirt . . ."
     assert " ".join(found[1]) == "O O O O B-person O O B-location I-location I-location O O O O"
 
 
-def test_best_paths_are_the_best_of_all(ner: ModuleType) -> None:
+def test_best_paths_are_the_best_of_all() -> None:
     """Against every sequence of tags, in sentences of all lengths."""
     best_paths = importlib.import_module("_tagging").best_paths
     tags, lengths = 4, torch.tensor([3, 1, 5, 2])
@@ -125,14 +99,14 @@ def test_best_paths_are_the_best_of_all(ner: ModuleType) -> None:
         assert tuple(found[row, :length].tolist()) == best
 
 
-def test_what_may_follow(ner: ModuleType) -> None:
-    assert [ner.may_follow(before, "I-person") for before in ("O", "B-person", "I-person", "B-group")] == [
+def test_what_may_follow(example: ModuleType) -> None:
+    assert [example.may_follow(before, "I-person") for before in ("O", "B-person", "I-person", "B-group")] == [
         False,
         True,
         True,
         False,
     ]
-    assert ner.may_follow("I-group", "B-group") and ner.may_follow("I-group", "O")
+    assert example.may_follow("I-group", "B-group") and example.may_follow("I-group", "O")
 
 
 @pytest.mark.parametrize(
@@ -143,14 +117,8 @@ def test_what_may_follow(ner: ModuleType) -> None:
         ("columns", "columns/wnut17train.conll, line 2: not a word and its tag in 2 columns parted by tabs"),
     ],
 )
-def test_bad_data_gets_one_line(
-    ner: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], data: str, message: str
-) -> None:
+def test_bad_data_gets_one_line(program: Program, data: str, message: str) -> None:
     Path("empty").mkdir()
     Path("columns").mkdir()
     Path("columns", FILES[0]).write_text("in\tO\nParis\n")
-    with pytest.raises(SystemExit, match="2"):
-        run(ner, monkeypatch, "--data", data)
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    assert printed.err.startswith(f"ner: error: {message}") and printed.err.count("\n") == 1
+    assert program.error("--data", data).startswith(message)

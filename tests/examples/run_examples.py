@@ -1,4 +1,4 @@
-"""torchrun's program in test_example_processes.py: several examples one after another, for processes start slowly.
+"""torchrun's program in test_processes.py: several examples one after another, for processes start slowly.
 
 Its argument is a JSON list of command lines, each the name of an example and its options.
 """
@@ -9,7 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 processes = importlib.import_module("_processes")
 
 leave = processes.leave

@@ -1,12 +1,10 @@
-"""The example programs as a user runs them, but tiny: results, bad input, and that a resumed run is the same run."""
+"""Text character by character as a user runs it, but tiny; also in processes of its own, one of which is stopped."""
 
-import importlib
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -14,7 +12,8 @@ import matplotlib.image
 import pytest
 import torch
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+from tests.examples.conftest import BAD_OPTIONS, EXAMPLES, Program, loss_curve
+
 CHAR_LM = EXAMPLES / "char_lm.py"
 TEXT = CHAR_LM  # real text that is always there
 BATCH, SEQUENCE, HIDDEN = 4, 8, 16
@@ -31,25 +30,9 @@ def run(*options: object) -> None:
     subprocess.run(command(*options), env=ENVIRONMENT, check=True, capture_output=True, timeout=60)
 
 
-def losses(folder: Path) -> tuple[list[float], list[float]]:
-    runs = json.loads((folder / "metrics.json").read_text())["runs"]
+def losses(folder: Path | str) -> tuple[list[float], list[float]]:
+    runs = json.loads(Path(folder, "metrics.json").read_text())["runs"]
     return runs["torch.nn"]["losses"], runs["fastrnn"]["losses"]
-
-
-@pytest.fixture(scope="module")
-def char_lm() -> ModuleType:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(EXAMPLES)
-        return importlib.import_module("char_lm")
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """For runs inside this process, for the same reason as ENVIRONMENT."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -73,33 +56,24 @@ def test_results(finished: Path) -> None:
     assert metrics["samples"][0]["text"]["fastrnn"] in (finished / "samples.txt").read_text()
 
 
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("cell", ["rnn", "lstm", "gru"])
-def test_same_loss_curve(
-    char_lm: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cell: str, layers: int
-) -> None:
+def test_same_loss_curve(program: Program, example: ModuleType, cell: str, layers: int) -> None:
     """Both curves are as close to the exact one (fp64) as the contract asks of a single operator.
 
     Rounding grows from step to step through the parameters, for both implementations alike, so the error of
     torch.nn's own fp32 curve is the measure; no fixed tolerance would hold for every number of steps.
     """
     iterations = 40
-    options = (*TINY, "--iterations", iterations, "--cell", cell, "--layers", layers, "--output", tmp_path)
-    monkeypatch.setattr(sys, "argv", command(*options)[1:])
-    assert char_lm.main() == 0
+    program.run("--iterations", iterations, "--cell", cell, "--layers", layers)
 
-    corpus = char_lm.make_corpus(TEXT, BATCH, SEQUENCE)
+    corpus = example.make_corpus(TEXT, BATCH, SEQUENCE)
     torch.manual_seed(0)
-    model = char_lm.CharacterModel(cell, len(corpus.vocabulary), HIDDEN, layers).double()
-    exact = char_lm.Trainer(model, char_lm.NextCharacterLoss(corpus.streams, SEQUENCE), lr=2e-3, clip=1.0)
-    for _ in range(iterations):
-        exact.step()
+    model = example.CharacterModel(cell, len(corpus.vocabulary), HIDDEN, layers).double()
+    exact = loss_curve(model, example.NextCharacterLoss(corpus.streams, SEQUENCE), iterations, 2e-3)
 
-    torch_error, fastrnn_error = (
-        max(abs(a - b) for a, b in zip(curve, exact.losses, strict=True)) for curve in losses(tmp_path)
-    )
-    assert fastrnn_error <= 2 * (torch_error + torch.finfo(torch.float32).eps * max(exact.losses))
+    torch_error, fastrnn_error = (max(abs(a - b) for a, b in zip(curve, exact, strict=True)) for curve in losses("out"))
+    assert fastrnn_error <= 2 * (torch_error + torch.finfo(torch.float32).eps * max(exact))
 
 
 def test_resume_after_interrupt_is_the_same_run(finished: Path, tmp_path: Path) -> None:
@@ -122,18 +96,12 @@ def test_resume_after_interrupt_is_the_same_run(finished: Path, tmp_path: Path) 
     assert losses(tmp_path) == losses(finished)
 
 
-def test_resume_of_another_run_is_refused(
-    char_lm: ModuleType, finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_resume_of_another_run_is_refused(program: Program, finished: Path) -> None:
     for options, message in (
         (("--iterations", 500, "--lr", 0.5), "the checkpoint was made with lr 0.002, not 0.5"),
         (("--iterations", 400), "the checkpoint is at iteration 400 already"),
     ):
-        monkeypatch.setattr(sys, "argv", command(*TINY, "--output", finished, "--resume", *options)[1:])
-        with pytest.raises(SystemExit, match="2"):
-            char_lm.main()
-        printed = capsys.readouterr()
-        assert printed.out == "" and message in printed.err and printed.err.count("\n") == 1
+        assert message in program.error("--resume", *options, output=finished)
 
 
 def test_one_line_from_the_command_line(tmp_path: Path) -> None:
@@ -144,7 +112,7 @@ def test_one_line_from_the_command_line(tmp_path: Path) -> None:
     assert result.stderr == f"char_lm: error: --data {tmp_path / 'missing'} is not a file or folder\n"
 
 
-BAD_INPUT = {
+BAD_INPUT = BAD_OPTIONS | {
     "empty": (("--data", "empty.txt"), "--data empty.txt contains no text"),
     "binary": (("--data", "picture.png"), "--data picture.png is not UTF-8 text: 'utf-8' codec can't decode byte 0x89"),
     "null characters": (("--data", "null.txt"), "--data null.txt is not UTF-8 text: it contains null characters"),
@@ -152,42 +120,18 @@ BAD_INPUT = {
     "too short": (("--data", "short.txt"), "--data short.txt is too short: 30 characters, but one batch takes 36"),
     "output is a file": (("--output", "empty.txt"), "--output empty.txt cannot be written: File exists"),
     "output inside a file": (("--output", "empty.txt/a"), "--output empty.txt/a cannot be written: Not a directory"),
-    # Not even root may create folders there, while a folder's own permissions do not bind root.
-    "no permission": (("--output", "/sys/fastrnn"), "--output /sys/fastrnn cannot be written:"),
     "batch": (("--batch", "0"), "argument --batch: must be a positive integer, got '0'"),
     "clip": (("--clip", "nan"), "argument --clip: must be a number of at least 0, got 'nan'"),
     "cell": (("--cell", "qrnn"), "argument --cell: invalid choice: 'qrnn'"),
-    "device": (("--device", "gpu"), "--device gpu cannot be used:"),
-    "back end": (("--backend", "fortran"), "--backend"),
-    "nothing to resume": (("--resume", "--output", "new"), "--resume: there is no checkpoint new/checkpoint.pt"),
-    "not a checkpoint": (("--resume", "--output", "damaged"), "is not a checkpoint of this program"),
 }
 
 
 @pytest.mark.parametrize(("options", "message"), BAD_INPUT.values(), ids=BAD_INPUT)
-def test_bad_input_gets_one_line(
-    char_lm: ModuleType,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    options: tuple[str, ...],
-    message: str,
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_bad_input_gets_one_line(program: Program, options: tuple[str, ...], message: str) -> None:
     Path("empty.txt").touch()
     Path("short.txt").write_text("too short for four streams. " + "\n" * 2)
     Path("null.txt").write_bytes(b"text\0" * 100)
-    for folder in ("binaries", "damaged"):
-        Path(folder).mkdir()
+    Path("binaries").mkdir()
     for picture in (Path("picture.png"), Path("binaries/picture.png")):
         picture.write_bytes(b"\x89PNG\r\n\x1a\n" * 100)
-    Path("damaged/checkpoint.pt").write_bytes(b"not a checkpoint")
-    monkeypatch.setattr(sys, "argv", command(*TINY, "--output", "results", *options)[1:])
-
-    with pytest.raises(SystemExit) as exit_status:
-        char_lm.main()
-
-    assert exit_status.value.code == 2
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    assert printed.err.startswith("char_lm: error: ") and message in printed.err and printed.err.count("\n") == 1
+    assert message in program.error(*options)

@@ -1,12 +1,6 @@
 """Gradient flow as a user runs it, but tiny: the norms are those of the Jacobians' products, the cures are seen."""
 
-import importlib
-import itertools
-import json
 import math
-import signal
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -15,45 +9,19 @@ import pytest
 import torch
 
 from tests.accuracy import assert_as_accurate
+from tests.examples.conftest import BAD_OPTIONS, Program, loss_curve
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
 TINY = ("--hidden", 16, "--steps", 12, "--delay", 3, "--truncate", 2, 6, "--batch", 16, "--iterations", 150)
 TINY += ("--lr", 0.01, "--device", "cpu")
 
 
-@pytest.fixture(scope="module")
-def flow() -> Iterator[ModuleType]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(EXAMPLES)
-        yield importlib.import_module("gradient_flow")
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Where the programs run, one thread each: with more, tiny steps wait for other programs on the same cores."""
-    monkeypatch.chdir(tmp_path)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield tmp_path
-    torch.set_num_threads(threads)
-
-
-def run(flow: ModuleType, monkeypatch: pytest.MonkeyPatch, *options: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["gradient_flow.py", *map(str, (*TINY, *options))])
-    return flow.main()
-
-
-def metrics(name: str) -> dict:
-    return json.loads((Path(name) / "metrics.json").read_text())
-
-
 @pytest.mark.parametrize("name", ["small", "orthogonal", "large"])
-def test_norms_are_of_the_product_of_jacobians(flow: ModuleType, name: str) -> None:
+def test_norms_are_of_the_product_of_jacobians(example: ModuleType, name: str) -> None:
     """Of a tanh RNN: dh_t/dh_{t-1} = diag(1 - h_t^2) W_hh."""
-    cell = flow.CELLS["RNN"](5, 5)
-    flow.initialise(cell, flow.INITIALISATIONS[name])
+    cell = example.CELLS["RNN"](5, 5)
+    example.initialise(cell, example.INITIALISATIONS[name])
     x = torch.randn(9, 3, 5)
-    found = flow.jacobian_norms(cell, x)
+    found = example.jacobian_norms(cell, x)
     assert found.shape == (9, 3)
     exact = cell.double()
     for sequence in range(3):
@@ -71,11 +39,11 @@ def test_norms_are_of_the_product_of_jacobians(flow: ModuleType, name: str) -> N
 
 
 @pytest.mark.parametrize("name", ["GRU", "LSTM"])
-def test_norms_of_gated_cells(flow: ModuleType, name: str) -> None:
+def test_norms_of_gated_cells(example: ModuleType, name: str) -> None:
     """Against torch's own Jacobian of running on from h_s, with the LSTM's c_s held fixed."""
-    cell = flow.CELLS[name](4, 4)
+    cell = example.CELLS[name](4, 4)
     x = torch.randn(6, 1, 4)
-    found = flow.jacobian_norms(cell, x)[:, 0]
+    found = example.jacobian_norms(cell, x)[:, 0]
     exact = getattr(torch.nn, f"{name}Cell")(4, 4).double()
     exact.load_state_dict(cell.state_dict())
 
@@ -93,9 +61,8 @@ def test_norms_of_gated_cells(flow: ModuleType, name: str) -> None:
         torch.testing.assert_close(found[6 - s].double(), expected, rtol=1e-4, atol=0)
 
 
-def test_what_it_shows(flow: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(flow, monkeypatch, "--steps", 30, "--hidden", 32, "--output", "out") == 0
-    written = metrics("out")
+def test_what_it_shows(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
+    written = program.run("--steps", 30, "--hidden", 32)
     for name, curves in written["flow"].items():
         assert all(len(curve["norms"]) == 31 and curve["norms"][0] == pytest.approx(1) for curve in curves.values())
         per_step = [curve["per_step"] for curve in curves.values()]
@@ -114,15 +81,14 @@ def test_what_it_shows(flow: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys
     assert f"| RNN, large | {written['flow']['RNN']['large']['norms'][1]:.1e} |" in capsys.readouterr().out
 
 
-def test_the_gradient_ends_at_the_cuts(flow: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gradient_ends_at_the_cuts(program: Program, example: ModuleType) -> None:
     """And the scores know nothing of cuts."""
-    monkeypatch.setattr(sys, "argv", ["gradient_flow.py", *map(str, TINY)])
-    args = flow.parse_arguments()
+    args = program.parse()
     gradients, losses, states = [], [], []
     for truncate in (2, 6):
         torch.manual_seed(0)
-        model = flow.Repeater(args.hidden, "auto")
-        compute_loss = flow.RepetitionLoss(truncate, args, torch.device("cpu"))
+        model = example.Repeater(args.hidden, "auto")
+        compute_loss = example.RepetitionLoss(truncate, args, torch.device("cpu"))
         start = torch.zeros(1, args.batch, args.hidden, requires_grad=True)
         loss, state = compute_loss(model, 1, start)
         assert not state.requires_grad
@@ -142,10 +108,9 @@ def test_the_gradient_ends_at_the_cuts(flow: ModuleType, monkeypatch: pytest.Mon
     assert compute_loss(Oracle(), 1, torch.zeros(1))[0] < 1e-6
 
 
-def test_clipping_bounds_the_step(flow: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["gradient_flow.py", *map(str, (*TINY, "--clip", 0.01, "--descent-lr", 0.5))])
-    args = flow.parse_arguments()
-    runs = flow.make_runs(args, torch.device("cpu"))
+def test_clipping_bounds_the_step(program: Program, example: ModuleType) -> None:
+    args = program.parse("--clip", 0.01, "--descent-lr", 0.5)
+    runs = example.make_runs(args, torch.device("cpu"))
     moved = {}
     for name in ("not clipped", "clipped"):
         before = torch.nn.utils.parameters_to_vector(runs[name].model.parameters()).detach().clone()
@@ -157,84 +122,41 @@ def test_clipping_bounds_the_step(flow: ModuleType, monkeypatch: pytest.MonkeyPa
     assert moved["not clipped"] == pytest.approx(0.5 * norms["not clipped"], rel=1e-3)
 
 
-def test_divergence_is_a_result(
-    flow: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_divergence_is_a_result(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
     """JSON without NaN, and a picture."""
-    assert run(flow, monkeypatch, "--iterations", 20, "--descent-lr", 3e38, "--output", "out") == 0
-    lost = metrics("out")["training"]["not clipped"]
+    lost = program.run("--iterations", 20, "--descent-lr", 3e38)["training"]["not clipped"]
     assert lost["losses"][-1] is None and lost["final_loss"] is None
     assert "| not clipped | diverged |" in capsys.readouterr().out
     assert Path("out/gradient_flow.png").is_file()
 
 
-def test_resume_after_interrupt_is_the_same_run(
-    flow: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    options = ("--iterations", 20, "--output")
-    assert run(flow, monkeypatch, *options, "whole") == 0
-
-    step = flow.Trainer.step
-    calls = itertools.count()
-
-    def interrupted(trainer: object) -> None:
-        if next(calls) == 30:
-            signal.raise_signal(signal.SIGINT)
-        step(trainer)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(flow.Trainer, "step", interrupted)
-        assert run(flow, patch, *options, "parts") == 130
-    assert "Stopped at iteration 7; go on with: python gradient_flow.py" in capsys.readouterr().out
-    assert not Path("parts/metrics.json").exists()
-    assert run(flow, monkeypatch, *options, "parts", "--resume") == 0
-    whole, parts = metrics("whole"), metrics("parts")
-    assert whole.pop("environment") and parts.pop("environment")  # with the load at the start
-    assert whole == parts
-
-    with pytest.raises(SystemExit, match="2"):
-        run(flow, monkeypatch, *options, "parts", "--resume", "--delay", 2)
-    assert "the checkpoint was made with delay 3, not 2" in capsys.readouterr().err
+def test_resume_after_interrupt_is_the_same_run(program: Program) -> None:
+    options = ("--iterations", 20)
+    program.check_resume("_trainer.Trainer.step", *options, call=31, iteration=7)
+    assert "the checkpoint was made with delay 3, not 2" in program.error(*options, "--resume", "--delay", 2)
 
 
-def test_kernels_agree_with_the_reference(flow: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_agree_with_the_reference(program: Program, example: ModuleType) -> None:
     """Both loss curves are as close to the one in fp64, with the state carried from step to step."""
-    monkeypatch.setattr(sys, "argv", ["gradient_flow.py", *map(str, TINY)])
-    args = flow.parse_arguments()
+    args = program.parse()
     curves = []
     for backend, dtype in (("auto", torch.float32), ("reference", torch.float32), ("reference", torch.float64)):
         torch.manual_seed(0)
-        model = flow.Repeater(args.hidden, backend).to(dtype)
-        compute_loss = flow.RepetitionLoss(2, args, torch.device("cpu"))
+        model = example.Repeater(args.hidden, backend).to(dtype)
+        compute_loss = example.RepetitionLoss(2, args, torch.device("cpu"))
         compute_loss.signs = lambda iteration, signs=compute_loss.signs, dtype=dtype: signs(iteration).to(dtype)
-        trainer = flow.Trainer(model, compute_loss, lr=0.01, clip=1.0)
-        for _ in range(10):
-            trainer.step()
-        curves.append(torch.tensor(trainer.losses, dtype=dtype))
+        curves.append(torch.tensor(loss_curve(model, compute_loss, 10, 0.01), dtype=dtype))
     assert_as_accurate(*curves)
 
 
-BAD_INPUT = {
+BAD_INPUT = BAD_OPTIONS | {
     "cuts": (("--truncate", 4, 6), "--truncate: all must divide the last, 6, got 4 6"),
     "delay": (("--delay", 6), "--delay must be below the last of --truncate, 6, got 6"),
     "clip": (("--clip", 0), "--clip must be above 0: without clipping is what it is compared with"),
     "steps": (("--steps", "x"), "argument --steps: must be a positive integer, got 'x'"),
-    "back end": (("--backend", "fortran"), "--backend fortran: backend must be"),
-    "no permission": (("--output", "/sys/fastrnn"), "--output /sys/fastrnn cannot be written:"),
-    "nothing to resume": (("--resume", "--output", "new"), "--resume: there is no checkpoint new/checkpoint.pt"),
 }
 
 
 @pytest.mark.parametrize(("options", "message"), BAD_INPUT.values(), ids=BAD_INPUT)
-def test_bad_input_gets_one_line(
-    flow: ModuleType,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    options: tuple[object, ...],
-    message: str,
-) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        run(flow, monkeypatch, *options)
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    assert printed.err.startswith("gradient_flow: error: ") and message in printed.err and printed.err.count("\n") == 1
+def test_bad_input_gets_one_line(program: Program, options: tuple[object, ...], message: str) -> None:
+    assert message in program.error(*options)

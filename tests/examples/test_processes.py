@@ -8,14 +8,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+from tests.examples.conftest import EXAMPLES
+
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 CHAR_LM = ("char_lm.py", "--batch", 5, "--sequence", 8, "--hidden", 12, "--cell", "lstm", "--layers", 2)
 CHAR_LM += ("--data", EXAMPLES / "char_lm.py", "--device", "cpu")
@@ -39,28 +40,22 @@ def run(*commands: tuple[object, ...]) -> str:
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def pairs(folder: Path) -> None:
     draw = random.Random(0)
     sentences = {"".join(draw.choices(["ba", "ki", "lo"], k=draw.randint(1, 9))) for _ in range(200)}
     lines = [f"{sentence}\t{sentence[::-1]}\n" for sentence in sorted(sentences)]
-    (tmp_path / "pairs.tsv").write_text("".join(lines), encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
-    yield tmp_path
+    (folder / "pairs.tsv").write_text("".join(lines), encoding="utf-8")
 
 
 @pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
-    """Runs an example in this process alone, with one thread."""
-    monkeypatch.syspath_prepend(EXAMPLES)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def here(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Runs an example in this process alone."""
 
     def call(program: str, *options: object) -> None:
         monkeypatch.setattr(sys, "argv", [program, *map(str, options)])
         assert importlib.import_module(Path(program).stem).main() == 0
 
-    yield call
-    torch.set_num_threads(threads)
+    return call
 
 
 def metrics_of(folder: str) -> dict[str, Any]:
