@@ -291,10 +291,15 @@ def test_options_name_what_exists():
 
 def test_interrupted_run_keeps_its_rows(tmp_path):
     """Progress in lines, since there is no terminal; no report, which would rewrite the pages."""
-    environment = os.environ | {"FASTRNN_BENCH_RESULTS": str(tmp_path), "FASTRNN_BENCH_SECONDS": "1"}
+    environment = os.environ | {"FASTRNN_BENCH_RESULTS": str(tmp_path), "FASTRNN_BENCH_SECONDS": "0.5"}
     environment["OMP_WAIT_POLICY"] = "passive"  # beside other tests, threads that spin take a hundred times longer
     arguments = [sys.executable, "-m", "bench", "--suite", "steps", "-k", "rnn or lstm"]
-    run = subprocess.Popen(arguments, cwd=report.ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+
+    def listen() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # shells have their background commands ignore it
+
+    pipe = {"stdout": subprocess.PIPE, "text": True, "preexec_fn": listen}
+    run = subprocess.Popen(arguments, cwd=report.ROOT, env=environment, **pipe)
     for line in run.stdout:
         if "1/4" in line:
             run.send_signal(signal.SIGINT)
