@@ -371,14 +371,15 @@ def _stale(files: Sequence[dict[str, Any]]) -> dict[Path, str]:
 
 
 def write(old: dict[str, Any] | None = None) -> None:
-    """Rewrites all pages and tables, and where there are old results, prints how the present ones compare.
+    """Rewrites the reports, and of bench/results the tables in README.md and docs/variants.md; of results elsewhere,
+    which are trials, not these. Where there are old results, prints how the present ones compare.
 
     Raises ValueError where there are no present ones of the same machine.
     """
     files = results.load_all(results.folder())
     if old is not None and old["machine"] not in [data["machine"] for data in files]:
         raise ValueError(f"there are no results of {old['machine']} to compare with")
-    for path, text in _stale(files).items():
+    for path, text in _stale(files).items() if results.folder() == results.COMMITTED else ():
         path.write_text(text)
         print(f"wrote {path}")
     REPORT.mkdir(exist_ok=True)
@@ -403,7 +404,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.check:
         write(options.compare and results.load(options.compare))
         return 0
-    stale = _stale(results.load_all(results.folder()))
+    stale = _stale(results.load_all(results.COMMITTED))
     for path in stale:
         print(f"{path.name}'s table is not what bench/results gives: run python -m bench.report", file=sys.stderr)
     return int(bool(stale))

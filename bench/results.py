@@ -19,10 +19,12 @@ from typing import Any
 from bench.machine import ROOT
 from bench.registry import AnyCase, all_cases
 
+COMMITTED = ROOT / "bench" / "results"
+
 
 def folder() -> Path:
     """FASTRNN_BENCH_RESULTS, or bench/results."""
-    return Path(os.environ.get("FASTRNN_BENCH_RESULTS", ROOT / "bench" / "results"))
+    return Path(os.environ.get("FASTRNN_BENCH_RESULTS", COMMITTED))
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -49,7 +49,8 @@ def test_tables_are_what_the_results_give():
 @pytest.fixture
 def pages(tmp_path, monkeypatch):
     """README.md, docs/variants.md, results and report in a folder of their own, the pages without a table."""
-    monkeypatch.setenv("FASTRNN_BENCH_RESULTS", str(tmp_path / "results"))
+    monkeypatch.delenv("FASTRNN_BENCH_RESULTS", raising=False)
+    monkeypatch.setattr(results, "COMMITTED", tmp_path / "results")
     monkeypatch.setattr(report, "REPORT", tmp_path / "report")
     for name in ("README", "VARIANTS_PAGE"):
         page = tmp_path / getattr(report, name).name
@@ -134,6 +135,14 @@ def test_report_writes_tables_and_page(pages):
     assert "<title>LSTM 16, 100, 512, 512: torch.nn 1.30</title>" in found.text
     assert "<title>LSTM 16, 100, 512, 512: fastrnn 124%</title>" in found.text
     assert {"recurrence", "steps"} < found.anchors and "search" not in found.anchors
+
+
+def test_trials_elsewhere_leave_the_tables_alone(pages, monkeypatch):
+    monkeypatch.setenv("FASTRNN_BENCH_RESULTS", str(pages / "trial"))
+    results.save(pages / "trial" / "some-cpu-2t.json", measured(LSTM))
+    report.write()
+    assert "lstm-c-forward-fp32" in (pages / "report" / "some-cpu-2t.html").read_text()
+    assert "\nold\n" in (pages / "README.md").read_text() and "\nold\n" in (pages / "variants.md").read_text()
 
 
 def test_the_page_has_every_row_and_is_light(pages):

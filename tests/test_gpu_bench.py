@@ -561,7 +561,7 @@ def test_a_gpu_has_its_tables_in_the_readme_only_when_it_has_results(tmp_path, m
     assert text.startswith("No results yet: `make bench` measures them.\n\nNVIDIA H200")
     assert "| cuDNN: LSTM fp16, one layer, B 16, T 1024, H 768 | 2.00 | – | 1 | cuda |" in text
     assert "NVIDIA" not in report.variants_page_table([data])
-    monkeypatch.setenv("FASTRNN_BENCH_RESULTS", str(tmp_path / "results"))
+    monkeypatch.setattr(results, "COMMITTED", tmp_path / "results")
     monkeypatch.setattr(report, "REPORT", tmp_path / "report")
     for name in ("README", "VARIANTS_PAGE"):
         page = tmp_path / getattr(report, name).name
