@@ -1,7 +1,7 @@
 """What the examples with an encoder and a decoder share: pairs of sequences, minibatches, parts of data, training."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import _processes as processes
 import torch
 from _trainer import Trainer, evenly, train
+from rapidfuzz.distance import Levenshtein
 from torch import Tensor
 from tqdm import tqdm
 
@@ -48,6 +49,17 @@ def part_of(item: bytes, test: float, validation: float) -> str:
     """The part of the data that an item is drawn into by its hash, with these shares: always the same one."""
     share = int.from_bytes(hashlib.sha256(item).digest()[:8], "big") / 2**64
     return "test" if share < test else "validation" if share < test + validation else "train"
+
+
+def count_errors(found: Sequence[Sequence[str]], known: Sequence[Sequence[Sequence[str]]]) -> tuple[int, int, int]:
+    """Edits from each sequence found to the closest one known, the elements of those, and the sequences with edits."""
+    errors = elements = wrong = 0
+    for sequence, others in zip(found, known, strict=True):
+        distance, length = min((Levenshtein.distance(sequence, other), len(other)) for other in others)
+        errors += distance
+        elements += length
+        wrong += distance > 0
+    return errors, elements, wrong
 
 
 class PairLoss:

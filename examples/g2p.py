@@ -33,6 +33,7 @@ from _seq2seq import (
     WARM_UP,
     PairLoss,
     Pairs,
+    count_errors,
     pad,
     part_of,
     train_pairs,
@@ -56,7 +57,6 @@ from _trainer import (
     write_json,
 )
 from matplotlib.figure import Figure
-from rapidfuzz.distance import Levenshtein
 from torch import Tensor
 from tqdm import tqdm
 
@@ -264,12 +264,7 @@ def pronounce(
 
 def error_rates(found: list[list[str]], references: list[list[tuple[str, ...]]]) -> dict[str, float]:
     """Errors per phoneme and per word, each word's against the closest of its pronunciations."""
-    errors = phonemes = wrong = 0
-    for pronunciation, known in zip(found, references, strict=True):
-        distance, length = min((Levenshtein.distance(pronunciation, other), len(other)) for other in known)
-        errors += distance
-        phonemes += length
-        wrong += distance > 0
+    errors, phonemes, wrong = count_errors(found, references)
     return {"phoneme_error_rate": errors / phonemes, "word_error_rate": wrong / len(found)}
 
 

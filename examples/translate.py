@@ -32,6 +32,7 @@ from _seq2seq import (
     WARM_UP,
     PairLoss,
     Pairs,
+    count_errors,
     pad,
     part_of,
     train_pairs,
@@ -56,7 +57,6 @@ from _trainer import (
 )
 from matplotlib.figure import Figure
 from num2words import CONVERTER_CLASSES, num2words
-from rapidfuzz.distance import Levenshtein
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 from tqdm import tqdm
@@ -267,13 +267,8 @@ def translate(
 
 def scores(found: list[str], references: list[list[str]]) -> dict[str, float]:
     """The share of sentences that are a known translation, and errors per character against the closest one."""
-    errors = characters = right = 0
-    for sentence, known in zip(found, references, strict=True):
-        distance, length = min((Levenshtein.distance(sentence, other), len(other)) for other in known)
-        errors += distance
-        characters += length
-        right += distance == 0
-    return {"sentence_accuracy": right / len(found), "character_error_rate": errors / characters}
+    errors, characters, wrong = count_errors(found, references)
+    return {"sentence_accuracy": (len(found) - wrong) / len(found), "character_error_rate": errors / characters}
 
 
 def evaluate(
